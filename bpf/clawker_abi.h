@@ -1,0 +1,300 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR MIT */
+/*
+ * clawker_abi.h - every structure and number shared by the BPF programs, the C shim and Cython.
+ *
+ * Included by bpf/*.c (after the kernel types), by src/clawker_cp/_fast/bpf_shim.c and, through
+ * `cdef extern`, by the Cython modules. No other file repeats a layout. Addresses are 16 bytes in
+ * network order, IPv4 in its mapped form (::ffff:a.b.c.d), so that one map serves both families.
+ * Ports are host order unless the name says `_be`. Times are CLOCK_MONOTONIC nanoseconds.
+ *
+ * Examples: 203.0.113.7 is 00*10 ff ff cb 00 71 07; "policy 3, identity 257, port 22, tcp" is
+ * {gen, 3, 257, 22, 6, 0}.
+ */
+#ifndef CLAWKER_ABI_H
+#define CLAWKER_ABI_H
+
+#ifndef CLAWKER_BPF /* userspace: the kernel's own fixed-width types */
+#include <linux/types.h>
+#include <assert.h>
+#endif
+
+#define CLAWKER_ABI_VERSION 1
+
+#define CLAWKER_ASSERT_SIZE(t, n) _Static_assert(sizeof(t) == (n), #t " layout changed")
+
+/* Route identities: what a destination name is called in the kernel. 256 and up: allocated. */
+enum clawker_identity {
+	CLAWKER_ID_NONE = 0,	  /* no name known */
+	CLAWKER_ID_CATCH_ALL = 1, /* route rows: any address, port named by an HTTP-family rule (R11) */
+	CLAWKER_ID_HTTP = 2,	  /* every name that only has HTTP-family rules (R8) */
+	CLAWKER_ID_BYPASS = 3,	  /* a name answered only because a bypass or learning was on */
+	CLAWKER_ID_FIRST = 256,
+};
+
+/* container_map.flags */
+enum clawker_config_flag {
+	CLAWKER_F_QUARANTINE = 1u << 0, /* only own loopback, the gate, the agent-side tuples (R16) */
+	CLAWKER_F_LEARN = 1u << 1,	/* let pass and record, R12 still holds (R38) */
+	CLAWKER_F_IPV6 = 1u << 2,	/* the agents' network routes IPv6 */
+	CLAWKER_F_HOST_PROXY = 1u << 3, /* host proxy tuple is valid */
+};
+
+/* What a route or span does. */
+enum clawker_action {
+	CLAWKER_ACT_DENY = 0,  /* rule_deny */
+	CLAWKER_ACT_PROXY = 1, /* redirect to proxy_port on the proxy address */
+	CLAWKER_ACT_PASS = 2,  /* straight through (CIDR rules) */
+};
+
+enum clawker_verdict {
+	CLAWKER_V_NONE = 0,
+	CLAWKER_V_ALLOWED = 1,
+	CLAWKER_V_DENIED = 2,
+	CLAWKER_V_BYPASSED = 3,
+	CLAWKER_V_REDIRECTED = 4,
+};
+
+/* Why. Append-only; the names (lower case, without the prefix) are the wire contract's reasons. */
+enum clawker_reason {
+	CLAWKER_R_NONE = 0,
+	/* denied */
+	CLAWKER_R_NOT_ENROLLED = 1,
+	CLAWKER_R_QUARANTINED = 2,
+	CLAWKER_R_ENGINE_RESOLVER = 3,
+	CLAWKER_R_NO_ROUTE = 4,
+	CLAWKER_R_RULE_DENY = 5,
+	CLAWKER_R_ROUTE_EXPIRED = 6,
+	CLAWKER_R_FAMILY = 7,
+	CLAWKER_R_PROTOCOL = 8,
+	CLAWKER_R_IPV6_UNROUTED = 9,
+	CLAWKER_R_IP_OPTIONS = 10,
+	CLAWKER_R_SOCKET_OPTION = 11,
+	CLAWKER_R_FRAGMENT = 12,
+	CLAWKER_R_INBOUND = 13,
+	CLAWKER_R_PROXY_PORT = 14,
+	CLAWKER_R_MAP_FULL = 15,
+	CLAWKER_R_CONFIG_MISSING = 16,
+	CLAWKER_R_MALFORMED = 17,
+	/* let through */
+	CLAWKER_R_BYPASS = 64,
+	CLAWKER_R_DNS = 65,
+	CLAWKER_R_LOOPBACK = 66,
+	CLAWKER_R_INFRASTRUCTURE = 67,
+	CLAWKER_R_ADDRESS_RULE = 68,
+	CLAWKER_R_NAME_ROUTE = 69,
+	CLAWKER_R_CATCH_ALL = 70,
+};
+
+enum clawker_hook {
+	CLAWKER_H_NONE = 0,
+	CLAWKER_H_CONNECT4 = 1,
+	CLAWKER_H_CONNECT6 = 2,
+	CLAWKER_H_SENDMSG4 = 3,
+	CLAWKER_H_SENDMSG6 = 4,
+	CLAWKER_H_SOCK_CREATE = 5,
+	CLAWKER_H_SETSOCKOPT = 6,
+	CLAWKER_H_BIND4 = 7,
+	CLAWKER_H_BIND6 = 8,
+	CLAWKER_H_EGRESS = 9,
+	CLAWKER_H_INGRESS = 10,
+};
+
+/* container_map: cgroup id (__u64) -> how its sockets are judged. Written by the manager only. */
+struct clawker_config {
+	__u32 policy;		/* policy number, 1.. */
+	__u32 flags;		/* enum clawker_config_flag */
+	__u64 bypass_until_ns;	/* 0 = none; compared with bpf_ktime_get_ns() */
+	__u8 proxy_addr[16];	/* Envoy's listeners */
+	__u8 dns_addr[16];	/* DNS gate, port 53 */
+	__u8 cp_addr[16];	/* control plane, agent side */
+	__u8 host_proxy_addr[16];
+	__u16 cp_agent_port;	/* 7444 */
+	__u16 cp_token_port;	/* 4444 */
+	__u16 cp_health_port;	/* 7080 */
+	__u16 host_proxy_port;	/* 18374 */
+	__u8 host_addr[16];	/* who may reach ports published as `host` (contract 1.3) */
+};
+CLAWKER_ASSERT_SIZE(struct clawker_config, 104);
+
+/* dns_cache: which names an agent learnt for an address. Plain hash; quota by the gate (R8). */
+struct clawker_name_key {
+	__u64 cgroup_id;
+	__u8 addr[16];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_name_key, 24);
+
+struct clawker_name_value {
+	__u32 identities[4]; /* newest first, 0 = unused */
+	__u64 expires_ns;    /* for new flows */
+	__u32 source;	     /* 1 = rule seed (outranks), 2 = DNS */
+	__u32 pad;
+};
+CLAWKER_ASSERT_SIZE(struct clawker_name_value, 32);
+
+/* route_map */
+struct clawker_route_key {
+	__u32 generation;
+	__u32 policy;
+	__u32 identity;
+	__u16 port;
+	__u8 l4; /* IPPROTO_TCP 6, IPPROTO_UDP 17 */
+	__u8 pad;
+};
+CLAWKER_ASSERT_SIZE(struct clawker_route_key, 16);
+
+struct clawker_route_value {
+	__u8 action; /* enum clawker_action */
+	__u8 pad;
+	__u16 proxy_port;
+	__u32 rule;	   /* index of the rule in the plan's rule list, for the record */
+	__u64 deadline_ns; /* 0 = none; later: route_expired */
+};
+CLAWKER_ASSERT_SIZE(struct clawker_route_value, 16);
+
+/* cidr_map: LPM trie; `prefixlen` counts from generation on: 72 + mapped prefix length. */
+struct clawker_cidr_key {
+	__u32 prefixlen;
+	__u8 generation_be[4];
+	__u8 policy_be[4];
+	__u8 l4;
+	__u8 addr[16];
+	__u8 pad[3];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_cidr_key, 32);
+
+#define CLAWKER_SPANS 16
+struct clawker_span {
+	__u16 low; /* low > high: unused, ends the list */
+	__u16 high;
+	__u8 action;
+	__u8 pad;
+	__u16 proxy_port;
+	__u32 rule;
+	__u32 pad2;
+	__u64 deadline_ns;
+};
+CLAWKER_ASSERT_SIZE(struct clawker_span, 24);
+
+struct clawker_cidr_value {
+	struct clawker_span spans[CLAWKER_SPANS];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_cidr_value, 384);
+
+/* proxy_port_map: proxy ports that a policy's packets may go to (packet backstop). Value: __u32 1. */
+struct clawker_proxy_port_key {
+	__u32 generation;
+	__u32 policy;
+	__u16 port;
+	__u8 l4;
+	__u8 pad;
+};
+CLAWKER_ASSERT_SIZE(struct clawker_proxy_port_key, 12);
+
+/* reserved_map: LPM trie over addresses that no rule, bypass or learning opens (R12). Value __u32. */
+struct clawker_reserved_key {
+	__u32 prefixlen; /* of the 16-byte form: 96 + n for IPv4 */
+	__u8 addr[16];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_reserved_key, 20);
+
+/* inbound_map: published ports. Value: enum clawker_inbound_from as __u32. */
+struct clawker_inbound_key {
+	__u64 cgroup_id;
+	__u16 port;
+	__u8 pad[6];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_inbound_key, 16);
+
+enum clawker_inbound_from {
+	CLAWKER_IN_NONE = 0,
+	CLAWKER_IN_HOST = 1, /* config.host_addr only */
+	CLAWKER_IN_ANY = 2,
+	CLAWKER_IN_CP = 3, /* config.cp_addr only (agent daemon, 7700) */
+};
+
+/* inbound_flow: LRU; created by an admitted ingress SYN, consulted by egress (R9). Value: ktime ns. */
+struct clawker_flow_key {
+	__u64 cgroup_id;
+	__u8 remote[16];
+	__u16 remote_port;
+	__u16 local_port;
+	__u8 l4;
+	__u8 pad[3];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_flow_key, 32);
+
+/* flow_map: LRU; UDP reverse translation, what the application dialled. */
+struct clawker_nat_key {
+	__u64 cookie;
+	__u8 addr[16]; /* where the packet really goes */
+	__u16 port;
+	__u8 pad[6];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_nat_key, 32);
+
+struct clawker_nat_value {
+	__u8 addr[16]; /* what the application asked for */
+	__u16 port;
+	__u8 pad[6];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_nat_value, 24);
+
+/* state_map: cgroup id -> running counters of an agent. Created by the manager, written by programs. */
+enum clawker_budget { CLAWKER_B_DENY = 0, CLAWKER_B_BYPASS = 1, CLAWKER_B_ALLOW = 2, CLAWKER_BUDGETS = 3 };
+struct clawker_state {
+	__u64 sequence;			      /* last number given, recorded or suppressed */
+	__u64 window_ns[CLAWKER_BUDGETS];     /* start of the current one-second window */
+	__u64 used[CLAWKER_BUDGETS];	      /* records in the window */
+	__u64 suppressed[CLAWKER_BUDGETS];    /* in all: counted, not recorded */
+};
+CLAWKER_ASSERT_SIZE(struct clawker_state, 80);
+
+/* metrics_map: per-CPU hash, value __u64 decisions. Rows of an agent beyond its quota go to {cgroup, 0, 0, verdict, 0}. */
+struct clawker_metric_key {
+	__u64 cgroup_id;
+	__u32 identity;
+	__u16 port_bucket; /* the port if below 1024 or routed, else 0 */
+	__u8 verdict;
+	__u8 reason;
+};
+CLAWKER_ASSERT_SIZE(struct clawker_metric_key, 16);
+
+/* control: array of one. */
+struct clawker_control {
+	__u32 abi;	  /* CLAWKER_ABI_VERSION */
+	__u32 generation; /* of route_map, cidr_map, proxy_port_map */
+	__u32 enforce;	  /* 1 = agents' parent cgroup denies what is not enrolled */
+	__u32 budget[CLAWKER_BUDGETS]; /* records a second and agent; 0 = default */
+	__u32 wakeup;	  /* 0 = no wake-up (poller), 1 = adaptive */
+	__u32 pad;
+};
+CLAWKER_ASSERT_SIZE(struct clawker_control, 32);
+
+/* Ring buffer record. */
+struct clawker_event {
+	__u64 ktime_ns;
+	__u64 cgroup_id;
+	__u64 sequence; /* of this agent, from 1; a gap is records suppressed or lost */
+	__u64 cookie;	/* socket cookie, 0 = not available */
+	__u8 addr[16];	/* destination as the application gave it */
+	__u32 identity;
+	__u32 policy;
+	__u32 rule; /* index, 0xffffffff = none */
+	__u32 uid;
+	__u32 pid;
+	__u16 port;
+	__u16 proxy_port; /* 0 = not redirected */
+	__u8 verdict;
+	__u8 reason;
+	__u8 hook;
+	__u8 family;   /* AF_INET, AF_INET6, ... as the application gave it */
+	__u8 protocol; /* IPPROTO_*, 255 = other */
+	__u8 type;     /* SOCK_STREAM 1, SOCK_DGRAM 2, SOCK_RAW 3 */
+	__u8 flags;    /* bit 0: no destination, bit 1: v4-mapped */
+	__u8 pad[5];
+};
+CLAWKER_ASSERT_SIZE(struct clawker_event, 88);
+
+#define CLAWKER_NO_RULE 0xffffffffu
+
+#endif

@@ -1,0 +1,93 @@
+"""
+The errors that cross package borders, by category.
+
+A category says what a caller can do about a failure; the gRPC status follows from it
+(`rpc/status.py`). New classes only where a caller reacts differently. Messages never hold
+tokens, keys or certificates (I11).
+"""
+
+from __future__ import annotations
+
+
+class ClawkerError(Exception):
+    """
+    Root of every error this package raises on purpose.
+
+    `code` is stable and upper case, for programs; `message` is one sentence for people;
+    `hint`, if there is one, says what to do next.
+    """
+
+    code = "INTERNAL"
+
+    def __init__(self, message: str, *, code: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidInput(ClawkerError, ValueError):
+    """The caller sent something wrong; the message names the field and the fix."""
+
+    code = "INVALID_INPUT"
+
+
+class Unauthenticated(ClawkerError):
+    """Nobody proved who is asking."""
+
+    code = "UNAUTHENTICATED"
+
+
+class Denied(ClawkerError):
+    """The caller is known and may not."""
+
+    code = "DENIED"
+
+
+class NotFound(ClawkerError):
+    """What the caller named does not exist."""
+
+    code = "NOT_FOUND"
+
+
+class Conflict(ClawkerError):
+    """The request is fine, the present state does not fit it."""
+
+    code = "CONFLICT"
+
+
+class Unavailable(ClawkerError):
+    """A peer or subsystem is down; the same request may succeed later."""
+
+    code = "UNAVAILABLE"
+
+
+class CapacityExceeded(ClawkerError):
+    """A bound is reached; `limit` names it."""
+
+    code = "CAPACITY"
+
+    def __init__(self, message: str, *, limit: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.limit = limit
+
+
+class Unsupported(ClawkerError):
+    """The kernel or the host lacks `feature`; `needs` is the lowest version or the package that has it."""
+
+    code = "UNSUPPORTED"
+
+    def __init__(self, message: str, *, feature: str, needs: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.feature = feature
+        self.needs = needs
+
+
+class DeadlineExceeded(ClawkerError, TimeoutError):
+    """Our own time budget ran out."""
+
+    code = "DEADLINE_EXCEEDED"
