@@ -18,12 +18,43 @@ IDENTITY_NONE = 0
 IDENTITY_CATCH_ALL = 1
 IDENTITY_HTTP = 2
 IDENTITY_BYPASS = 3
+IDENTITY_HTTP_TCP = 4  # like IDENTITY_HTTP, for names without HTTP/3 (plain http, passthrough, denied https)
 IDENTITY_FIRST = 256
 
 TCP = 6
 UDP = 17
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Bounds of contract 7.8 and 8.6; whoever materialises names counts against them.
+MAX_CONCRETE_NAMES = 64  # live names of one opaque wildcard rule
+MAX_DEEP_SANS = 256  # deeper `*.` certificate names of one inspected wildcard rule
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """
+    What the compile has to know of this host; made once by the composition root.
+
+    `reserved` is R12's carve: the agents' subnet, the host's interface addresses and every
+    address of contract 1.3. `busy` are proxy ports somebody else holds (R4: free = unallocated
+    and bindable).
+    """
+
+    reserved: tuple[IPNetwork, ...] = ()
+    ipv6: bool = False
+    http3: bool = True
+    max_policies: int = 1001
+    tls_minimal: bool = False  # firewall.tls_auto: minimal
+    busy: frozenset[tuple[int, int]] = frozenset()  # (l4, port)
+
+
+@dataclass(frozen=True, slots=True)
+class Materialised:
+    """What answers of the gate have called into being for one policy: concrete names, deeper `*.` SANs."""
+
+    names: frozenset[str] = frozenset()
+    sans: frozenset[str] = frozenset()
 
 
 class RouteAction(enum.IntEnum):
@@ -90,11 +121,17 @@ class PathEntry:
 
 @dataclass(frozen=True, slots=True)
 class PathPolicy:
-    """Path entries in the order they are tried (contract 7.7) and what holds when none matches."""
+    """
+    Path entries in the order they are tried (contract 7.7) and what holds when none matches.
+
+    `denied`: the rule is a deny of this kind of request only (reason `rule_deny`); it has no
+    entries and `default_allow` is False.
+    """
 
     rule_id: str
     entries: tuple[PathEntry, ...]
     default_allow: bool
+    denied: bool = False
 
     @property
     def reads_paths(self) -> bool:
@@ -107,7 +144,9 @@ class HttpOrigin:
     """
     One (name, port) that HTTP-family rules speak for: one virtual host.
 
-    `http` judges ordinary requests, `ws` upgrades; None = no such rule (then the other one
+    A wildcard means the base and its subtree, except what a more specific entry (origin, denied
+    host or passthrough of the same port and `tls`) takes: the exact entry of the base, if there
+    is one, owns the apex. `http` judges ordinary requests, `ws` upgrades; None = no such rule (then the other one
     judges ordinary requests, and upgrades are refused, contract 7.7).
     """
 
@@ -124,17 +163,29 @@ class HttpOrigin:
 
 @dataclass(frozen=True, slots=True)
 class DeniedHost:
-    """An HTTP-family deny of a name: 403 `rule_deny` for it and its subtree; port 0 = every port."""
+    """
+    403 `rule_deny` for a name (`wildcard`: and its subtree) on `ports`; port 0 = every port.
+
+    `tls` says which side: True inspected and passed-through TLS, False plain HTTP, None both. An
+    exact entry of the base and the same port and side owns the apex, deeper entries own
+    theirs. Below a wildcard passthrough it needs its SNI kept off the passthrough chain.
+    """
 
     base: str
     wildcard: bool
     ports: tuple[int, ...]
     rule_id: str
+    tls: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Passthrough:
-    """TLS passed on by SNI, unread."""
+    """
+    TLS passed on by SNI, unread.
+
+    Origins and denied hosts (`tls` not False) below a wildcard passthrough are more specific:
+    their server names must not reach its chain.
+    """
 
     base: str
     wildcard: bool
@@ -176,6 +227,25 @@ class NameVerdict:
 
 
 @dataclass(frozen=True, slots=True)
+class NameClass:
+    """
+    What all names of one kind have in common for the gate: an exact base, or everything below a base.
+
+    `wildcard_opaque`: an opaque wildcard speaks for a port of it, so every name needs listeners of
+    its own. `inspected`: TLS of it is ended here, so the leaf must cover the name.
+    """
+
+    allowed: bool
+    reason: str = "answered"
+    rule_id: str = ""
+    identity: int = IDENTITY_NONE
+    allow_private: bool = False
+    zone: str = ""
+    wildcard_opaque: bool = False
+    inspected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """Everything compiled for one policy number. `names` answers for the DNS gate."""
 
@@ -190,6 +260,9 @@ class Policy:
     sans: tuple[str, ...] = ()  # DNS names (exact and `*.`) that inspection leaves must hold
     http_ports: frozenset[int] = frozenset()
     rule_ids: tuple[str, ...] = ()  # effective rules, most specific first
+    exact: Mapping[str, NameClass] = field(default_factory=dict, hash=False)  # input of names.NameTable
+    below: Mapping[str, NameClass] = field(default_factory=dict, hash=False)  # base -> its subtree, apex excluded
+    concrete: Mapping[str, int] = field(default_factory=dict, hash=False)  # live name -> identity
 
 
 @dataclass(frozen=True, slots=True)
