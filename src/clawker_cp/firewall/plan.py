@@ -132,6 +132,7 @@ class PathPolicy:
     entries: tuple[PathEntry, ...]
     default_allow: bool
     denied: bool = False
+    insecure: bool = False  # any issuer is accepted from the origin for this kind of request
 
     @property
     def reads_paths(self) -> bool:
