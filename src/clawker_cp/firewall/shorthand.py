@@ -21,7 +21,8 @@ from clawker_cp.firewall.validate import validate
 
 ANY_PATH = "/"
 
-_METHODS = re.compile(r"([A-Za-z][A-Za-z-]*(?:,[A-Za-z][A-Za-z-]*)*) +(?=\S)")
+# Upper case only: "api example.com" is a slip, not the method "API".
+_METHODS = re.compile(r"([A-Z][A-Z-]*(?:,[A-Z][A-Z-]*)*) +(?=\S)")
 _PROTO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _V4_NETWORK = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3}/\d+)(?::([^/]*))?")
 _V6 = re.compile(r"\[([^\[\]]*)\](/\d+)?(?::([^/~]*))?")
@@ -52,7 +53,7 @@ def _split(text: str) -> _Parts:
     methods: tuple[str, ...] = ()
     found = _METHODS.match(rest)
     if found:
-        methods, rest = tuple(found[1].upper().split(",")), rest[found.end() :]
+        methods, rest = tuple(found[1].split(",")), rest[found.end() :]
     if any(character.isspace() for character in rest):
         raise _refuse(text, rest, "has a space where none belongs")
     proto = "https"
@@ -80,6 +81,8 @@ def _authority(text: str, rest: str) -> tuple[str, str | None, str]:
         if ":" not in dst:
             raise _refuse(text, f"[{found[1]}]", "is not an IPv6 address")
     else:
+        if rest.partition("/")[0].count(":") > 1:
+            raise _refuse(text, rest, "is an IPv6 address without [ ]")
         found = _NAME.match(rest)
         if found is None or not found[1]:
             raise _refuse(text, rest, "does not begin with a name or an address")
@@ -88,8 +91,7 @@ def _authority(text: str, rest: str) -> tuple[str, str | None, str]:
             dst = dst[1:]
     path = rest[found.end() :]
     if path and path[0] not in "/~":
-        why = "is an IPv6 address without [ ]" if rest.count(":") > 1 else "has something after the port"
-        raise _refuse(text, rest, why)
+        raise _refuse(text, rest, "has something after the port")
     return dst, found[found.re.groups], path
 
 
