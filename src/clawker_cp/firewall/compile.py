@@ -70,9 +70,7 @@ class _Compiler:
         self._topology = topology
         self._concrete = concrete
         self._learn = learn
-        self._allocator = Allocator(
-            allocations, max_policies=topology.max_policies, busy=topology.busy, now=now
-        )
+        self._allocator = Allocator(allocations, max_policies=topology.max_policies, busy=topology.busy, now=now)
         self._by_scope: defaultdict[str, list[Facts]] = defaultdict(list)
         for rule in rules:
             if is_live(rule, now):
@@ -133,9 +131,7 @@ class _Compiler:
             http3=self._topology.http3,
             learn=key in self._learn,
         ).run()
-        addresses = AddressCompiler(
-            number, key, facts, self._allocator, self._topology.reserved
-        ).run()
+        addresses = AddressCompiler(number, key, facts, self._allocator, self._topology.reserved).run()
         self._trouble(names, addresses)
         self._rows(number, egress, names, addresses)
         listing = most_specific_first(facts)
@@ -263,6 +259,12 @@ def _with_digest(plan: Plan) -> Plan:
     for part in _facts_of(plan):
         digest.update(part)
     return Plan(
-        plan.policies, plan.agents, plan.routes, plan.cidrs, plan.proxy_ports, plan.rule_ids, plan.warnings,
+        plan.policies,
+        plan.agents,
+        plan.routes,
+        plan.cidrs,
+        plan.proxy_ports,
+        plan.rule_ids,
+        plan.warnings,
         digest.hexdigest(),
     )

@@ -119,8 +119,9 @@ class AddressCompiler:
             here = [entry for entry in here if entry[0].udp or entry[0].every_protocol]  # they own the port
         length = max(length for _, length in here)
         equal = [one for one, other in here if other == length]
-        # Deny beats allow; what the proxy reads beats what goes straight through.
-        winner = max(equal, key=lambda one: (one.deny, one.kind is Kind.ADDRESS))
+        # Deny beats allow; what the proxy carries beats what goes straight through; a permanent
+        # rule beats a grant, whose rows have a deadline.
+        winner = max(equal, key=lambda one: (one.deny, one.kind is Kind.ADDRESS, not one.rule.expires_at, one.id))
         number = self._allocator.rule(winner.id)
         expires = winner.rule.expires_at
         if winner.deny:
@@ -137,9 +138,7 @@ class AddressCompiler:
             # Paths differ by policy, so the listener of an HTTP address belongs to one policy.
             return self._allocator.listener(l4, f"{facts.base}@{self._key}", port)
         listen = self._allocator.listener(l4, facts.base, port)
-        self._part.opaque[l4, facts.base, port] = OpaqueTarget(
-            facts.base, l4, port, listen, facts.id, is_address=True
-        )
+        self._part.opaque[l4, facts.base, port] = OpaqueTarget(facts.base, l4, port, listen, facts.id, is_address=True)
         return listen
 
     def _origins(self, network: IPNetwork, rules: list[Facts]) -> None:

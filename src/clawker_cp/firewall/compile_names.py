@@ -223,7 +223,10 @@ class NameCompiler:
             zone=best.base if best.destination.wildcard else "",
             wildcard_opaque=wildcard_opaque,
             inspected=any(
-                outcome.tls is not None and outcome.opaque is None and outcome.tls.allowed and not outcome.tls.passthrough
+                outcome.tls is not None
+                and outcome.opaque is None
+                and outcome.tls.allowed
+                and not outcome.tls.passthrough
                 for outcome in found.outcomes
             ),
         )
@@ -318,10 +321,6 @@ class NameCompiler:
                 self._part.routes.append(
                     RouteRow(self._policy, IDENTITY_HTTP, port, UDP, RouteAction.PROXY, self._egress, -1, expires)
                 )
-
-
-
-
 
 
 _NO_POLICY = PathPolicy("", (), default_allow=False)

@@ -7,6 +7,7 @@ and by the listing of effective rules. Knows no ports bands, listeners or identi
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,9 +128,14 @@ class RuleIndex:
             if dot < 0:
                 break
             suffix = suffix[dot + 1 :]
-        # Ties between scopes: the narrower one is named as the decider, deterministically.
-        found.sort(key=lambda c: (c.rank, scope_order(c.facts.rule.scope), c.facts.id), reverse=True)
+        # Ties: a permanent rule decides before a grant (its rows have no deadline), then the
+        # narrower scope is named as the decider.
+        found.sort(key=lambda c: (c.rank, *_tie(c.facts)), reverse=True)
         return found
+
+
+def _tie(facts: Facts) -> tuple[float, tuple[int, str], str]:
+    return (facts.rule.expires_at or math.inf, scope_order(facts.rule.scope), facts.id)
 
 
 def policy_key(agent_key: str, scopes: Iterable[str], learn: frozenset[str] = frozenset()) -> str:
@@ -246,6 +252,4 @@ def _listed(facts: Facts, deniers: list[Facts]) -> EffectiveRule:
     if facts.http:
         allow = not facts.deny and effective_default(facts.rule.path_default, facts.rule.path_rules)
         default = "allow" if allow else "deny"
-    return EffectiveRule(
-        facts.rule, tuple(spans), tuple(dict.fromkeys(overriding)), facts.kind is Kind.CIDR, default
-    )
+    return EffectiveRule(facts.rule, tuple(spans), tuple(dict.fromkeys(overriding)), facts.kind is Kind.CIDR, default)

@@ -38,7 +38,7 @@ class NameTable:
 
         `concrete` or `san` set: `Reconciler.materialise` has to be awaited, then ask again.
         """
-        position = self._matcher.match(name)
+        position: int = self._matcher.match(name)
         if position < 0:
             return LEARNING if self.policy.learn else NOT_ALLOWED
         plain = self._plain[position]
@@ -70,9 +70,7 @@ def _plain_verdict(found: NameClass) -> NameVerdict | None:
         return NameVerdict(False, found.reason, found.rule_id)
     if found.wildcard_opaque or found.inspected:
         return None
-    return NameVerdict(
-        True, found.reason, found.rule_id, found.identity, found.allow_private, found.zone
-    )
+    return NameVerdict(True, found.reason, found.rule_id, found.identity, found.allow_private, found.zone)
 
 
 class NameTables:

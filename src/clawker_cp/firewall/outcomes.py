@@ -133,9 +133,7 @@ def _decide(low: int, high: int, here: Sequence[Candidate]) -> PortOutcome:
     opaque = next((c for c in here if not c.facts.http and not c.facts.udp), None)
     udp = next((c for c in here if c.facts.udp or c.facts.every_protocol), None)
     if all(not c.facts.http for c in here):
-        return PortOutcome(
-            low, high, opaque.facts if opaque else None, udp=udp.facts if udp else None
-        )
+        return PortOutcome(low, high, opaque.facts if opaque else None, udp=udp.facts if udp else None)
     tls = _side([c for c in here if c.facts.http and c.facts.tls])
     plain = _side([c for c in here if c.facts.http and not c.facts.tls])
     conflict = None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-import re2
+import re2  # type: ignore[import-untyped]  # the wheel has no stubs
 
 from clawker_cp.firewall.plan import PathEntry, PathPolicy
 from clawker_cp.firewall.rules import ALLOW, PathRule
@@ -53,7 +54,7 @@ def path_problem(path: str) -> str:
     if not path.startswith("/"):
         return f'"{path}" does not begin with /'
     if _LITERAL.fullmatch(path) is None:
-        return f"\"{path}\" has characters other than A-Z a-z 0-9 . _ ~ ! $ & ' ( ) * + , ; = : @ / % -"
+        return f'"{path}" has characters other than A-Z a-z 0-9 . _ ~ ! $ & \' ( ) * + , ; = : @ / % -'
     # The last segment is an open prefix: "/." matches "/.well-known".
     if escapes(path) or any(segment in (".", "..") for segment in path.split("/")[:-1]):
         return f'"{path}" is not in canonical form and could never match'
@@ -72,11 +73,11 @@ def _regex_problem(expression: str) -> str:
     return ""
 
 
-def compile_pattern(expression: str) -> re2._Regexp[str]:
+def compile_pattern(expression: str) -> Any:
     """Compile an RE2 without its `~`; raises `re2.error`."""
     options = re2.Options()
     options.log_errors = False
-    return re2.compile(expression, options)
+    return re2.compile(expression, options)  # re2 keeps a cache of its own
 
 
 def effective_default(path_default: str, entries: Iterable[PathRule]) -> bool:

@@ -88,7 +88,7 @@ class Rule:
 @dataclass(frozen=True, slots=True)
 class Problem:
     """
-    One thing wrong with one rule of a request; `index` is its position there.
+    One thing wrong with one rule of a request; `index` is its position there, -1 = no single rule.
 
     `code` is `RULE_INVALID`, or `CAPACITY` with the exhausted bound in `limit`.
     """
@@ -101,6 +101,8 @@ class Problem:
     limit: str = ""
 
     def __str__(self) -> str:
+        if self.index < 0:
+            return f"{self.field} {self.text}"
         return f"rule {self.index} ({self.dst}): {self.field} {self.text}"
 
 

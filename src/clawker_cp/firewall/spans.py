@@ -7,6 +7,7 @@ the merge to see that an opaque rule says nothing new.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 PortRange = tuple[int, int]  # inclusive, low <= high
@@ -48,7 +49,14 @@ def covers(spans: Iterable[PortRange], port: int) -> bool:
 
 def segments(spans: Iterable[PortRange]) -> list[PortRange]:
     """Cut spans at each other's borders: every input span is a union of returned ones, none overlap."""
-    spans = list(spans)
-    borders = sorted({low for low, _ in spans} | {high + 1 for _, high in spans})
-    cut = [(low, after - 1) for low, after in zip(borders, borders[1:], strict=False)]
-    return [segment for segment in cut if any(low <= segment[0] and segment[1] <= high for low, high in spans)]
+    depth: dict[int, int] = {}  # border -> spans that begin minus spans that ended just before
+    for low, high in spans:
+        depth[low] = depth.get(low, 0) + 1
+        depth[high + 1] = depth.get(high + 1, 0) - 1
+    cut: list[PortRange] = []
+    open_spans = 0
+    for border, after in itertools.pairwise(sorted(depth)):
+        open_spans += depth[border]
+        if open_spans:
+            cut.append((border, after - 1))
+    return cut
