@@ -171,9 +171,6 @@ class NameCompiler:
             if parent is not None and _same(parent.sides.get((port, tls)), side):
                 continue
             if side.denied_by is not None:
-                # An opaque deny needs a host only where a wider rule would open the port.
-                if not side.denied_by.http and not self._opens(parent, port, tls):
-                    continue
                 denied = (found.base, found.is_below, side.denied_by.id, tls)
                 self._denied.setdefault(denied, []).append(port)
             elif side.passthrough:
@@ -188,11 +185,6 @@ class NameCompiler:
                 self._part.sans.add(name)
                 if found.is_below:
                     self._part.sans.add(found.base)
-
-    @staticmethod
-    def _opens(parent: _Class | None, port: int, tls: bool) -> bool:
-        side = parent.sides.get((port, tls)) if parent else None
-        return side is not None and side.allowed
 
     # -- gate --------------------------------------------------------------------------------
 

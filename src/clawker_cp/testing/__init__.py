@@ -1,0 +1,3 @@
+"""
+Models and fakes for tests; may import anything, and only tests import it.
+"""
