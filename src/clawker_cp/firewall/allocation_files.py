@@ -141,7 +141,9 @@ def _parse(text: str) -> Mapping[str, Any]:
             if line.startswith("- {"):
                 items.append(json.loads(line[2:]))
                 continue
-            key, _, value = line.partition(":")
+            key, colon, value = line.partition(":")
+            if not colon or not key.isidentifier():
+                raise ValueError("not our layout")
             if value.strip():
                 document[key] = json.loads(value)
             else:
