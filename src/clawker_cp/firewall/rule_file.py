@@ -114,7 +114,8 @@ class RuleFile:
                     head += orphan
             else:
                 chunks.append(chunk if rule == chunk.rule else _changed(chunk, rule))
-        chunks += [Chunk(emit_item(rule), read_item(to_mapping(rule), strict=False), rule) for rule in left.values()]
+        column = next((one.text.index("-") for one in self.chunks), 2)
+        chunks += [_new(rule, column) for rule in left.values()]
         if chunks and not head.endswith("\n"):
             head += "\n"
         ended = [chunk.text.endswith("\n") for chunk in chunks]
@@ -205,6 +206,13 @@ def _emptied(head: str) -> str:
     return head[:position] + "rules: []" + (after if after.startswith("\n") else "\n" + after)
 
 
+def _new(rule: Rule, column: int) -> Chunk:
+    """Write a new item with its dash where the file has its dashes."""
+    lines = emit_item(rule).splitlines(keepends=True)
+    text = "".join(" " * column + line[2:] for line in lines)
+    return Chunk(text, read_item(to_mapping(rule), strict=False), rule)
+
+
 def _changed(chunk: Chunk, rule: Rule) -> Chunk:
     """Rewrite one item, keeping its comments and the keys we do not know."""
     indent = chunk.text.index("-")
@@ -221,7 +229,8 @@ def _changed(chunk: Chunk, rule: Rule) -> Chunk:
         text = stream.getvalue().removeprefix("rules:\n")
         reading = read_item(item, strict=False)
     except (YAMLError, ValueError, KeyError, TypeError):
-        text, reading = emit_item(rule), read_item(to_mapping(rule), strict=False)
+        fresh = _new(rule, indent)
+        text, reading = fresh.text, fresh.reading
     return Chunk(text + trailing, reading, rule)
 
 

@@ -77,7 +77,7 @@ def test_a_modified_rule_keeps_its_comments_and_unknown_keys() -> None:
 def test_a_turned_action_changes_the_rule_in_place() -> None:
     """Not removed and appended."""
     file = RuleFile.parse(HAND_WRITTEN)
-    after = file.update([deny("https://api.example.com/"), file.rules[1]])
+    after = file.update([deny("https://api.example.com"), file.rules[1]])
     assert [one.action for one in after.rules] == ["deny", "allow"]
     assert "OPS-17" in after.text
 
