@@ -21,16 +21,18 @@ class NameTable:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        classes = list(dict.fromkeys((*policy.exact.values(), *policy.below.values())))
-        index = {name_class: position for position, name_class in enumerate(classes)}
-        self._classes = classes
-        self._plain = [_plain_verdict(name_class) for name_class in classes]
-        exact = {base: index[name_class] for base, name_class in policy.exact.items()}
-        below = {base: index[name_class] for base, name_class in policy.below.items()}
-        # The compile gives every base an exact class too, so `below` never decides an apex.
-        self._matcher = NameMatcher(exact, below)
         self._concrete = policy.concrete
         self._sans = frozenset(policy.sans)
+        # Exact names are judged here once; names below a base may each need numbers of their own.
+        self._plain: list[NameVerdict | None] = [
+            _plain_verdict(found) or self._particular(found, base) for base, found in policy.exact.items()
+        ]
+        self._plain += [_plain_verdict(found) for found in policy.below.values()]
+        self._classes = [*policy.exact.values(), *policy.below.values()]
+        exact = {base: position for position, base in enumerate(policy.exact)}
+        below = {base: position for position, base in enumerate(policy.below, len(exact))}
+        # The compile gives every base an exact class too, so `below` never decides an apex.
+        self._matcher = NameMatcher(exact, below)
 
     def decide(self, name: str) -> NameVerdict:
         """

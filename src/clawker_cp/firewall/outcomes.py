@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from clawker_cp.firewall.effective import Candidate, Facts, path_policy
 from clawker_cp.firewall.plan import PathPolicy
@@ -107,9 +108,8 @@ def decide_ports(candidates: Sequence[Candidate]) -> list[PortOutcome]:
 
     Segments are in port order and do not overlap.
     """
-    if len(candidates) == 1 and not candidates[0].facts.every_protocol:
-        facts = candidates[0].facts
-        return [_decide(facts.low, facts.high, candidates)]
+    if len(candidates) == 1:
+        return [_alone(candidates[0].facts, candidates[0].rank)]
     wide = [candidate for candidate in candidates if candidate.facts.every_protocol]
     if wide:  # nothing at or below its rank is left, on no port: only narrower allows speak
         candidates = [candidate for candidate in candidates if candidate.rank >= wide[0].rank]
@@ -119,6 +119,12 @@ def decide_ports(candidates: Sequence[Candidate]) -> list[PortOutcome]:
         here = [c for c in candidates if c.facts.low <= low and high <= c.facts.high]
         outcomes.append(_decide(low, high, here))
     return outcomes
+
+
+@lru_cache(maxsize=65536)
+def _alone(facts: Facts, rank: Rank) -> PortOutcome:
+    """Decide the ports of a name that one rule speaks for: the usual case, and the same at every compile."""
+    return _decide(facts.low, facts.high, [Candidate(rank, facts)])
 
 
 def decide_port(candidates: Sequence[Candidate], port: int) -> PortOutcome:
@@ -140,15 +146,17 @@ def _decide(low: int, high: int, here: Sequence[Candidate]) -> PortOutcome:
     decider = None
     if opaque is not None:
         decider, conflict = _opaque_or_proxy(opaque, tls, plain)
-        if decider is not None and decider.deny:
-            # What the kernel denies here the proxy must deny too, whoever's address is used.
-            tls, plain = (_beaten(side, opaque) for side in (tls, plain))
+        if opaque.facts.deny:
+            # What it beats the proxy must deny too: the kernel has one answer for the port, and an
+            # agent may bring the address of another name.
+            tls, plain = (_beaten(side, opaque, always=decider is not None) for side in (tls, plain))
     quic = decider is None and udp is None and tls is not None and tls.allowed and not tls.passthrough
     return PortOutcome(low, high, decider, tls, plain, udp.facts if udp else None, quic, conflict)
 
 
-def _beaten(side: Side | None, deny: Candidate) -> Side:
-    return Side(deny.rank, denied_by=deny.facts) if side is None or side.rank <= deny.rank else side
+def _beaten(side: Side | None, deny: Candidate, *, always: bool) -> Side | None:
+    beaten = always if side is None else side.rank <= deny.rank
+    return Side(deny.rank, denied_by=deny.facts) if beaten else side
 
 
 def _opaque_or_proxy(

@@ -53,7 +53,9 @@ def allowed(rules: list[Rule], name: str, port: int, proto: str) -> bool:
         return True
     if SIDES[proto] == "opaque":
         return all(mine > best(side) for side in ("tls", "plain") if best(side)[0] >= 0)
-    if best("opaque")[0] >= 0 and best("opaque") > max(best("tls"), best("plain"), key=lambda r: r if r[0] >= 0 else (-1, False)):
+    if best("opaque")[0] >= 0 and best("opaque") > max(
+        best("tls"), best("plain"), key=lambda r: r if r[0] >= 0 else (-1, False)
+    ):
         return False
     return best("opaque")[0] < 0 or mine > best("opaque") or not best("opaque")[1]
 
@@ -72,7 +74,9 @@ def test_the_plan_lets_through_exactly_what_the_rules_allow(rules: list[Rule]) -
         mine = [one for one in rules if one.scope == "global" or policy.key == key]
         data_plane = World(compiled, number)
         for name in NAMES:
-            expected = {(p, proto): allowed(mine, name, p, proto) for p in PORTS for proto in ("https", "http", "tcp", "udp")}
+            expected = {
+                (p, proto): allowed(mine, name, p, proto) for p in PORTS for proto in ("https", "http", "tcp", "udp")
+            }
             found = {(p, proto): data_plane.reaches(name, p, proto) for p, proto in expected}
             assert found == expected, name
             assert data_plane.resolves(name) == any(expected.values())
@@ -115,7 +119,9 @@ def test_equal_inputs_give_equal_plans(rules: list[Rule]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(RULES, max_size=8, unique_by=lambda one: (one.scope, one.key)), RULES, st.randoms(use_true_random=False))
+@given(
+    st.lists(RULES, max_size=8, unique_by=lambda one: (one.scope, one.key)), RULES, st.randoms(use_true_random=False)
+)
 def test_a_change_never_renumbers_what_stays(rules: list[Rule], extra: Rule, shuffle: random.Random) -> None:
     """Policies, listeners, identities and rule indices are sticky, in any order of rules."""
     before = compile_plan(rules, [], Topology(), Allocations(), now=0.0)
@@ -161,7 +167,9 @@ def test_a_scope_whose_rules_all_expired_has_no_policy() -> None:
 
 def test_policies_do_not_see_each_others_names() -> None:
     """Two agents with different rules."""
-    compiled = build(rule("x.com", scope="agent:p/a"), rule("y.com", scope="agent:p/b"), agents=["agent:p/a", "agent:p/b"])
+    compiled = build(
+        rule("x.com", scope="agent:p/a"), rule("y.com", scope="agent:p/b"), agents=["agent:p/a", "agent:p/b"]
+    )
     one, two = (World(compiled, compiled.plan.agents[agent]) for agent in ("agent:p/a", "agent:p/b"))
     assert one.resolves("x.com") and not one.resolves("y.com")
     assert two.resolves("y.com") and not two.resolves("x.com")

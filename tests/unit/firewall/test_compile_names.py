@@ -77,7 +77,9 @@ def test_a_deny_below_a_wildcard_holds_at_the_proxy_too() -> None:
 
 def test_a_deeper_allow_opens_again_below_a_deny() -> None:
     """Specificity has no end."""
-    w = world(rule("https://*.x.com"), deny("https://b.x.com"), rule("https://*.a.b.x.com"), deny("https://c.a.b.x.com"))
+    w = world(
+        rule("https://*.x.com"), deny("https://b.x.com"), rule("https://*.a.b.x.com"), deny("https://c.a.b.x.com")
+    )
     found = {n: w.reaches(n, 443, "https") for n in ("x.com", "b.x.com", "q.b.x.com", "a.b.x.com", "q.a.b.x.com")}
     assert found == {"x.com": True, "b.x.com": False, "q.b.x.com": False, "a.b.x.com": True, "q.a.b.x.com": True}
     assert not w.reaches("q.c.a.b.x.com", 443, "https")
@@ -257,7 +259,9 @@ def test_a_deeper_certificate_name_is_added_once_it_was_asked_for() -> None:
 
 def test_the_catch_all_exists_only_on_ports_that_an_http_rule_of_the_policy_names() -> None:
     """R11; elsewhere a connect is refused at once."""
-    w = world(rule("https://x.com"), rule("http://x.com:8080"), rule("tcp://x.com:22"), rule("https://203.0.113.7:9443"))
+    w = world(
+        rule("https://x.com"), rule("http://x.com:8080"), rule("tcp://x.com:22"), rule("https://203.0.113.7:9443")
+    )
     assert {port for identity, port, _ in w.routes if identity == IDENTITY_CATCH_ALL} == {443, 8080}
     assert all(l4 == TCP for identity, _, l4 in w.routes if identity == IDENTITY_CATCH_ALL)
 

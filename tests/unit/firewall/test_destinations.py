@@ -34,9 +34,7 @@ from clawker_cp.firewall.destinations import (
         ("0.0.0.0/0", Kind.CIDR, "0.0.0.0/0", False),
     ],
 )
-def test_names_wildcards_addresses_and_networks_are_told_apart(
-    dst: str, kind: Kind, base: str, wildcard: bool
-) -> None:
+def test_names_wildcards_addresses_and_networks_are_told_apart(dst: str, kind: Kind, base: str, wildcard: bool) -> None:
     """A v4-mapped IPv6 address counts as the address it maps."""
     found = parse_destination(dst)
     assert (found.kind, found.base, found.wildcard) == (kind, base, wildcard)

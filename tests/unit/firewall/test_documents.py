@@ -118,7 +118,9 @@ RULES = st.builds(
     st.sampled_from(["https", "http", "tcp", "udp", "ssh", "wss"]),
     st.sampled_from(["", "443", "1-9"]),
     st.sampled_from(["allow", "deny"]),
-    st.lists(st.builds(PathRule, st.sampled_from(["/", "/a", "~/a\\.b", "/a:b"]), st.just("deny")), max_size=2).map(tuple),
+    st.lists(st.builds(PathRule, st.sampled_from(["/", "/a", "~/a\\.b", "/a:b"]), st.just("deny")), max_size=2).map(
+        tuple
+    ),
     st.sampled_from(["", "allow"]),
     st.booleans(),
     st.sampled_from(["auto", "inspect"]),

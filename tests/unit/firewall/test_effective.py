@@ -63,9 +63,10 @@ def test_a_rule_of_which_nothing_is_left_has_no_spans() -> None:
 
 def test_networks_are_marked_and_http_rules_show_their_path_default() -> None:
     """Opaque ones show none."""
-    shown = {one.rule.dst: (one.address_level, one.path_default) for one in listing(
-        [rule("10.0.0.0/8"), rule("x.com"), rule("y.com/a"), rule("ssh://z.com"), deny("q.com")]
-    )}
+    shown = {
+        one.rule.dst: (one.address_level, one.path_default)
+        for one in listing([rule("10.0.0.0/8"), rule("x.com"), rule("y.com/a"), rule("ssh://z.com"), deny("q.com")])
+    }
     assert shown == {
         "10.0.0.0/8": (True, "allow"),
         "x.com": (False, "allow"),

@@ -109,7 +109,9 @@ def test_our_fields_win_when_set() -> None:
         ([rule("tcp://x.com:80")], deny("tcp://x.com:4243"), ADDED),
     ],
 )
-def test_an_opaque_rule_that_says_nothing_new_is_not_stored(stored: list[Rule], incoming: Rule, status: AddStatus) -> None:
+def test_an_opaque_rule_that_says_nothing_new_is_not_stored(
+    stored: list[Rule], incoming: Rule, status: AddStatus
+) -> None:
     """A deny of what nothing allows is never redundant."""
     assert statuses(stored, incoming) == [status]
 
@@ -122,7 +124,10 @@ def test_http_rules_are_never_redundant() -> None:
 def test_a_grant_neither_shortens_nor_widens_a_permanent_rule() -> None:
     """They are kept apart; a second grant replaces the time of the first."""
     found = add([rule("x.com/a")], [rule("x.com/b", expires_at=50.0), rule("x.com/b", expires_at=20.0)])
-    assert [(one.expires_at, [e.path for e in one.path_rules]) for one in found.rules] == [(0.0, ["/a"]), (20.0, ["/b"])]
+    assert [(one.expires_at, [e.path for e in one.path_rules]) for one in found.rules] == [
+        (0.0, ["/a"]),
+        (20.0, ["/b"]),
+    ]
     assert [status for status, _ in found.outcomes] == [ADDED, MODIFIED]
 
 

@@ -18,7 +18,13 @@ def policy(*entries: PathRule, default: str = "") -> PathPolicy:
 
 @pytest.mark.parametrize(
     ("default", "actions", "allows"),
-    [("", [], True), ("", ["allow"], False), ("", ["deny"], True), ("allow", ["allow"], True), ("deny", ["deny"], False)],
+    [
+        ("", [], True),
+        ("", ["allow"], False),
+        ("", ["deny"], True),
+        ("allow", ["allow"], True),
+        ("deny", ["deny"], False),
+    ],
 )
 def test_the_default_is_deny_if_any_entry_allows(default: str, actions: list[str], allows: bool) -> None:
     """An explicit value wins."""
@@ -27,7 +33,21 @@ def test_the_default_is_deny_if_any_entry_allows(default: str, actions: list[str
 
 @pytest.mark.parametrize(
     "path",
-    ["/%2e/x", "/%2E", "/a%2fb", "/a%5Cb", "/%00", "/%252e", "/%252F", "/%255c", "/a\\b", "//", "/a/./b", "/a/..", "/."],
+    [
+        "/%2e/x",
+        "/%2E",
+        "/a%2fb",
+        "/a%5Cb",
+        "/%00",
+        "/%252e",
+        "/%252F",
+        "/%255c",
+        "/a\\b",
+        "//",
+        "/a/./b",
+        "/a/..",
+        "/.",
+    ],
 )
 def test_a_path_that_is_not_canonical_is_refused(path: str) -> None:
     """Whatever the entries say."""

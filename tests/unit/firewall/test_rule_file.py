@@ -86,7 +86,9 @@ def test_kept_items_stay_whatever_the_new_set_is() -> None:
     """Items that do not hold are repaired by people."""
     text = "rules:\n  - dst: bad..com # oops\n  - 5\n  - dst: a.com\n"
     file = RuleFile.parse(text)
-    assert file.update([rule("b.com")], kept=frozenset({0})).text.startswith("rules:\n  - dst: bad..com # oops\n  - 5\n")
+    assert file.update([rule("b.com")], kept=frozenset({0})).text.startswith(
+        "rules:\n  - dst: bad..com # oops\n  - 5\n"
+    )
 
 
 def test_removing_all_rules_leaves_an_empty_list() -> None:

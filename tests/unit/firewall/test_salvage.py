@@ -47,7 +47,12 @@ def test_a_deny_of_an_unusable_destination_takes_every_wildcard_allow() -> None:
 
 def test_a_second_rule_of_the_same_key_and_action_is_dropped() -> None:
     """Different actions both count, and deny wins."""
-    found = read({"dst": "a.com"}, {"dst": "a.com", "port": 443}, {"dst": "a.com", "action": "deny"}, {"dst": "a.com", "action": "deny"})
+    found = read(
+        {"dst": "a.com"},
+        {"dst": "a.com", "port": 443},
+        {"dst": "a.com", "action": "deny"},
+        {"dst": "a.com", "action": "deny"},
+    )
     assert [one.action for one in found.rules] == ["allow", "deny"]
     assert (found.faulty, found.closing) == (frozenset({1, 3}), ())
     assert not World(build(*found.rules)).resolves("a.com")

@@ -170,7 +170,9 @@ DESTINATIONS = st.one_of(
     st.tuples(st.ip_addresses(v=6), st.integers(0, 128)).map(lambda t: str(_network(t))),
 )
 PORTS = st.one_of(st.just(""), st.integers(1, 65535).map(str), st.integers(1, 60000).map(lambda n: f"{n}-{n + 9}"))
-PATHS = st.one_of(st.from_regex(r"/[a-z0-9_~:-]{0,8}", fullmatch=True), st.from_regex(r"~/[a-z]{1,5}\+?", fullmatch=True))
+PATHS = st.one_of(
+    st.from_regex(r"/[a-z0-9_~:-]{0,8}", fullmatch=True), st.from_regex(r"~/[a-z]{1,5}\+?", fullmatch=True)
+)
 ENTRIES = st.builds(
     PathRule, PATHS, st.just("allow"), st.lists(st.sampled_from(["GET", "POST", "M-SEARCH"]), max_size=2).map(tuple)
 )
