@@ -40,7 +40,7 @@ ALLOCATIONS_FILE = "allocations.yaml"
 log = structlog.get_logger()
 
 
-class _Corrupt(ValueError):
+class _CorruptError(ValueError):
     """The table contradicts itself; the message says where."""
 
 
@@ -80,7 +80,7 @@ class AllocationFiles:
         else:
             try:
                 return read(_parse(text))
-            except (InvalidInput, _Corrupt) as error:
+            except (InvalidInput, _CorruptError) as error:
                 why = f"{path}: {error}"
         log.error("allocations_corrupt", path=str(path), cause=why)
         corrupt.append(why)
@@ -152,7 +152,7 @@ def _parse(text: str) -> Mapping[str, Any]:
     except ValueError:
         found = parse_yaml(text)
         if not isinstance(found, Mapping):
-            raise _Corrupt("not a table") from None
+            raise _CorruptError("not a table") from None
         return found
 
 
@@ -161,26 +161,26 @@ def _items(document: Mapping[str, Any], key: str, fields: Mapping[str, type]) ->
     if items is None:
         return []
     if not isinstance(items, list):
-        raise _Corrupt(f'"{key}" is not a list')
+        raise _CorruptError(f'"{key}" is not a list')
     for item in items:
         sound = isinstance(item, dict) and all(type(item.get(field)) is kind for field, kind in fields.items())
         if not sound:
-            raise _Corrupt(f'"{key}" has an entry that is not {", ".join(fields)}')
+            raise _CorruptError(f'"{key}" has an entry that is not {", ".join(fields)}')
     return items
 
 
 def _cursor(document: Mapping[str, Any], key: str, low: int, high: int) -> int:
     value = document.get(key, low)
     if type(value) is not int or not low <= value <= high:
-        raise _Corrupt(f'"{key}" is out of range')
+        raise _CorruptError(f'"{key}" is out of range')
     return value
 
 
 def _once(seen: dict[Any, Any], key: Any, number: int, what: str) -> None:
     if key in seen:
-        raise _Corrupt(f"{what} {key} is there twice")
+        raise _CorruptError(f"{what} {key} is there twice")
     if number in seen.values():
-        raise _Corrupt(f"number {number} is given twice")
+        raise _CorruptError(f"number {number} is given twice")
     seen[key] = number
 
 
@@ -190,9 +190,9 @@ def _read_identities(document: Mapping[str, Any]) -> Allocations:
     for item in _items(document, "entries", {"dst": str, "id": int}):
         dst, number = item["dst"], item["id"]
         if not IDENTITY_FIRST <= number <= IDENTITY_LAST:
-            raise _Corrupt(f"identity {number} of {dst} is out of band")
+            raise _CorruptError(f"identity {number} of {dst} is out of band")
         if dst in identities or number in numbers:
-            raise _Corrupt(f"{dst} or its identity {number} is there twice")
+            raise _CorruptError(f"{dst} or its identity {number} is there twice")
         identities[dst] = number
         numbers.add(number)
     cursor = _cursor(document, "next", IDENTITY_FIRST, IDENTITY_LAST)
@@ -203,16 +203,16 @@ def _read_allocations(document: Mapping[str, Any]) -> Allocations:
     policies: dict[str, int] = {}
     for item in _items(document, "policies", {"key": str, "id": int}):
         if not POLICY_FIRST <= item["id"] <= POLICY_LAST:
-            raise _Corrupt(f"policy {item['id']} of {item['key']} is out of range")
+            raise _CorruptError(f"policy {item['id']} of {item['key']} is out of range")
         _once(policies, item["key"], item["id"], "policy")
     listeners: dict[ListenerKey, int] = {}
     taken: set[tuple[int, int]] = set()
     for item in _items(document, "listeners", {"l4": int, "dst": str, "port": int, "listen": int}):
         key, listen = (item["l4"], item["dst"], item["port"]), item["listen"]
         if not any(listen in band for band in BANDS.get(item["l4"], ())) or listen in NEVER:
-            raise _Corrupt(f"listener {listen} of {item['dst']} is out of band")
+            raise _CorruptError(f"listener {listen} of {item['dst']} is out of band")
         if not 1 <= item["port"] <= MAX_PORT or key in listeners or (item["l4"], listen) in taken:
-            raise _Corrupt(f"listener {listen} of {item['dst']} contradicts another")
+            raise _CorruptError(f"listener {listen} of {item['dst']} contradicts another")
         listeners[key] = listen
         taken.add((item["l4"], listen))
     cursor = _cursor(document, "next_policy", POLICY_FIRST, POLICY_LAST)

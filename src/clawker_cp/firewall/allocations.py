@@ -41,7 +41,7 @@ ListenerKey = tuple[int, str, int]  # l4, destination, port
 RestKey = tuple[str, str | ListenerKey]  # ("policy", key), ("listener", key), ("rule", id)
 
 
-class Exhausted(Exception):
+class ExhaustedError(Exception):
     """A band has no free number; `limit` is the bound's name. Turned into a Problem by the compile."""
 
     def __init__(self, limit: str) -> None:
@@ -120,13 +120,13 @@ class Allocator:
         self._next_rule = 0
 
     def policy(self, key: str) -> int:
-        """Return the number of a policy key; raises `Exhausted("policies")`."""
+        """Return the number of a policy key; raises `ExhaustedError("policies")`."""
         if key == GLOBAL:
             return POLICY_GLOBAL
         known = self._policies.get(key) or self._old.policies.get(key) or self._rested("policy", key)
         number = known if known is not None else self._new_policy()
         if len(self._policies) + 2 > self._max_policies and key not in self._policies:
-            raise Exhausted("policies")
+            raise ExhaustedError("policies")
         self._policies[key] = number
         return number
 
@@ -142,10 +142,10 @@ class Allocator:
                 self._taken_policies.add(number)
                 self._next_policy = number + 1 if number < POLICY_LAST else POLICY_FIRST
                 return number
-        raise Exhausted("policies")
+        raise ExhaustedError("policies")
 
     def listener(self, l4: int, dst: str, port: int) -> int:
-        """Return the lowest free port of the band for (l4, dst, port); raises `Exhausted("listeners")`."""
+        """Return the lowest free port of the band for (l4, dst, port); raises `ExhaustedError("listeners")`."""
         key = (l4, dst, port)
         number = self._listeners.get(key) or self._old.listeners.get(key) or self._rested("listener", key)
         if number is None:
@@ -158,7 +158,7 @@ class Allocator:
             if (l4, number) not in self._taken_listeners and (l4, number) not in self._busy:
                 self._taken_listeners.add((l4, number))
                 return number
-        raise Exhausted("listeners")
+        raise ExhaustedError("listeners")
 
     def identity(self, dst: str) -> int:
         """Return the identity of a destination; numbers go round and are not reused before the wrap."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clawker_cp.errors import InvalidInput
-from clawker_cp.firewall.destinations import Destination, DestinationProblem, Kind, parse_destination
+from clawker_cp.firewall.destinations import Destination, DestinationError, Kind, parse_destination
 from clawker_cp.firewall.effective import Facts, RuleIndex, path_policy, read_rule, specificity, transports
 from clawker_cp.firewall.outcomes import PortOutcome, Side, decide_port, decide_ports
 from clawker_cp.firewall.paths import PathVerdict, judge, matches
@@ -213,7 +213,7 @@ def _fill(request: Request) -> _Asked:
         raise InvalidInput(f"port {request.port} is outside 1..{MAX_PORT}")
     try:
         destination = parse_destination(request.host.strip().lower().strip("[]"))
-    except DestinationProblem as problem:
+    except DestinationError as problem:
         raise InvalidInput(f'host "{request.host}" {problem}') from problem
     if destination.wildcard or destination.kind is Kind.CIDR:
         raise InvalidInput(f'host "{request.host}" has to be a name or one address')

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from clawker_cp.firewall.allocations import Allocations, Allocator, Exhausted, egress_port
+from clawker_cp.firewall.allocations import Allocations, Allocator, ExhaustedError, egress_port
 from clawker_cp.firewall.compile_addresses import MAX_SPANS, AddressCompiler, AddressPart
 from clawker_cp.firewall.compile_names import Conflict, NameCompiler, NamePart
 from clawker_cp.firewall.destinations import Kind
@@ -94,7 +94,7 @@ class _Compiler:
         for key in sorted(keys, key=scope_order):
             try:
                 self._policy(key)
-            except Exhausted as exhausted:
+            except ExhaustedError as exhausted:
                 self._capacity(key, exhausted.limit)
                 if exhausted.limit == "policies":
                     break

@@ -75,7 +75,7 @@ class AddressCompiler:
                 self._by_prefix[network].append(one)
 
     def run(self) -> AddressPart:
-        """Compile; raises `allocations.Exhausted` when a band is used up."""
+        """Compile; raises `allocations.ExhaustedError` when a band is used up."""
         part = self._part
         if not self._by_prefix:
             return part

@@ -54,7 +54,7 @@ class NamePart:
     concrete: dict[str, int] = field(default_factory=dict)
     routes: list[RouteRow] = field(default_factory=list)
     conflicts: list[Conflict] = field(default_factory=list)
-    live: Materialised = Materialised()
+    live: Materialised = field(default_factory=Materialised)
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +92,7 @@ class NameCompiler:
         self._denied: dict[tuple[str, bool, str, bool], list[int]] = {}
 
     def run(self) -> NamePart:
-        """Compile; raises `allocations.Exhausted` when a band is used up."""
+        """Compile; raises `allocations.ExhaustedError` when a band is used up."""
         part = self._part
         part.http_ports = {one.low for one in self._facts if one.http}
         if self._learn:

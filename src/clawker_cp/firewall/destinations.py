@@ -28,7 +28,7 @@ class Kind(enum.Enum):
     CIDR = "cidr"
 
 
-class DestinationProblem(ValueError):
+class DestinationError(ValueError):
     """The text is no destination; the message says what is wrong with it."""
 
 
@@ -71,20 +71,20 @@ def _as_network(text: str) -> IPNetwork | None:
 
 def _check_name(name: str) -> None:
     if len(name) > MAX_NAME:
-        raise DestinationProblem(f"is longer than {MAX_NAME} characters")
+        raise DestinationError(f"is longer than {MAX_NAME} characters")
     if name != name.lower() and _NAME.fullmatch(name.lower()):
-        raise DestinationProblem("has upper-case letters, write it in lower case")
+        raise DestinationError("has upper-case letters, write it in lower case")
     if _NAME.fullmatch(name) is None:
-        raise DestinationProblem("has characters other than a-z 0-9 - _ .")
+        raise DestinationError("has characters other than a-z 0-9 - _ .")
     for label in name.split("."):
         if not label:
-            raise DestinationProblem("has an empty label (two dots in a row)")
+            raise DestinationError("has an empty label (two dots in a row)")
         if len(label) > MAX_LABEL:
-            raise DestinationProblem(f"has a label longer than {MAX_LABEL} characters")
+            raise DestinationError(f"has a label longer than {MAX_LABEL} characters")
         if label.startswith("-") or label.endswith("-"):
-            raise DestinationProblem(f'has the label "{label}", which begins or ends with "-"')
+            raise DestinationError(f'has the label "{label}", which begins or ends with "-"')
     if name.replace(".", "").isdigit():
-        raise DestinationProblem("has only digits and is no IPv4 address")
+        raise DestinationError("has only digits and is no IPv4 address")
 
 
 @lru_cache(maxsize=65536)
@@ -92,20 +92,20 @@ def parse_destination(dst: str) -> Destination:
     """
     Parse a `dst`.
 
-    Raises `DestinationProblem` naming the first thing wrong with it. Never raises anything else.
+    Raises `DestinationError` naming the first thing wrong with it. Never raises anything else.
     """
     if not dst.strip():
-        raise DestinationProblem("is empty")
+        raise DestinationError("is empty")
     wildcard = dst.startswith(".")
     base = dst[1:] if wildcard else dst
     if base.endswith("."):
         base = base[:-1]
     if not base:
-        raise DestinationProblem("has nothing but dots")
+        raise DestinationError("has nothing but dots")
     network = _as_network(base)
     if network is not None:
         if wildcard:
-            raise DestinationProblem("is an address, which cannot begin with a dot")
+            raise DestinationError("is an address, which cannot begin with a dot")
         network = _unmapped(network)
         if "/" in base:
             return Destination(Kind.CIDR, str(network), network=network)

@@ -26,20 +26,20 @@ REVERSED = "is a range whose first port is above its last"
 MALFORMED = "is not a port or a range like 9000-9100"
 
 
-class PortProblem(ValueError):
+class PortError(ValueError):
     """The text is no port specification; the message completes `port "<text>" ...`."""
 
 
 def _number(text: str) -> int:
     text = text.strip()
     if not text:
-        raise PortProblem(MALFORMED)
+        raise PortError(MALFORMED)
     if not (text.isascii() and text.isdigit()):
-        raise PortProblem(NOT_A_NUMBER)
+        raise PortError(NOT_A_NUMBER)
     # Five significant digits at most: a longer one is out of range, and never converted.
     significant = text.lstrip("0")
     if not significant or len(significant) > 5 or int(significant) > MAX_PORT:
-        raise PortProblem(OUT_OF_RANGE)
+        raise PortError(OUT_OF_RANGE)
     return int(significant)
 
 
@@ -48,7 +48,7 @@ def parse_ports(text: str) -> tuple[int, int] | None:
     """
     Read a port specification.
 
-    Returns the inclusive range, None for an empty one. Raises `PortProblem` with one of the
+    Returns the inclusive range, None for an empty one. Raises `PortError` with one of the
     four problems of contract 7.2: not a number, out of range, reversed, malformed.
     """
     text = text.strip()
@@ -60,7 +60,7 @@ def parse_ports(text: str) -> tuple[int, int] | None:
     first, _, last = text.partition("-")
     low, high = _number(first), _number(last)
     if low > high:
-        raise PortProblem(REVERSED)
+        raise PortError(REVERSED)
     return low, high
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from clawker_cp.firewall.destinations import DestinationProblem, Kind, parse_destination
+from clawker_cp.firewall.destinations import DestinationError, Kind, parse_destination
 from clawker_cp.firewall.documents import Reading
 from clawker_cp.firewall.rules import DENY, PROTO_ANY, Problem, Rule, normalise, valid_scope
 from clawker_cp.firewall.validate import rule_problems
@@ -64,7 +64,7 @@ def widen(dst: str, scope: str) -> Rule | None:
     """Return a denial of everything at `dst` (for everybody if the scope is unusable), None if `dst` is."""
     try:
         parse_destination(dst.strip())
-    except DestinationProblem:
+    except DestinationError:
         return None
     rule = normalise(Rule(dst.strip(), action=DENY, scope=scope if valid_scope(scope) else "global"))
     return replace(rule, proto=PROTO_ANY, port="")

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from clawker_cp.firewall.destinations import Destination, DestinationProblem, Kind, parse_destination
+from clawker_cp.firewall.destinations import Destination, DestinationError, Kind, parse_destination
 from clawker_cp.firewall.paths import MAX_ENTRIES, path_problem
-from clawker_cp.firewall.ports import HTTP_FAMILY, PROTOCOLS, PortProblem, parse_ports
+from clawker_cp.firewall.ports import HTTP_FAMILY, PROTOCOLS, PortError, parse_ports
 from clawker_cp.firewall.rules import DENY, Problem, Rule, normalise, normalise_proto, valid_scope
 
 MAX_RULES_PER_REQUEST = 5_000
@@ -58,7 +58,7 @@ def rule_problems(rule: Rule) -> list[Finding]:
     found: list[Finding] = []
     try:
         destination = parse_destination(rule.dst.strip())
-    except DestinationProblem as problem:
+    except DestinationError as problem:
         found.append(("dst", str(problem)))
     proto = normalise_proto(rule.proto)
     found += _ports(rule, proto, destination)
@@ -78,7 +78,7 @@ def rule_warnings(rule: Rule) -> Iterator[Finding]:
     """Yield what is allowed but probably not meant."""
     try:
         destination = parse_destination(rule.dst.strip())
-    except DestinationProblem:
+    except DestinationError:
         return
     if destination.kind is Kind.NAME and destination.wildcard and destination.labels == 1:
         yield "dst", f'is the wildcard of a whole top-level domain, ".{destination.base}"'
@@ -93,7 +93,7 @@ def _reads_http(rule: Rule) -> bool:
 def _ports(rule: Rule, proto: str, destination: Destination | None) -> Iterator[Finding]:
     try:
         ports = parse_ports(rule.port)
-    except PortProblem as problem:
+    except PortError as problem:
         yield "port", f'"{rule.port}" {problem}'
         return
     if ports is None or ports[0] == ports[1]:

@@ -14,7 +14,7 @@ from clawker_cp.firewall.allocations import (
     REST_S,
     Allocations,
     Allocator,
-    Exhausted,
+    ExhaustedError,
     egress_port,
     listener_ports,
 )
@@ -41,7 +41,7 @@ def test_listener_bands_are_those_of_the_contract_without_the_three_ports_of_oth
     tcp, udp = list(listener_ports(TCP)), list(listener_ports(UDP))
     assert (tcp[0], tcp[998], tcp[999], tcp[-1]) == (10001, 10999, 13000, 22999)
     assert (udp[0], udp[998], udp[999], udp[-1]) == (11001, 11999, 23000, 31999)
-    assert NEVER == {18374, 18901, 18902} and NEVER.isdisjoint(tcp + udp)
+    assert {18374, 18901, 18902} == NEVER and NEVER.isdisjoint(tcp + udp)
     assert not set(tcp) & set(range(12000, 13000)) and 10000 not in tcp
 
 
@@ -99,13 +99,13 @@ def test_exhausted_bands_say_which_bound() -> None:
     """Policies and listeners."""
     allocator = Allocator(EMPTY, max_policies=2)
     allocator.policy("project:a")
-    with pytest.raises(Exhausted) as caught:
+    with pytest.raises(ExhaustedError) as caught:
         allocator.policy("project:b")
     assert caught.value.limit == "policies"
     allocator = Allocator(EMPTY)
     for port in range(1, sum(map(len, BANDS[TCP])) - len(NEVER) + 1):
         allocator.listener(TCP, "x", port)
-    with pytest.raises(Exhausted) as caught:
+    with pytest.raises(ExhaustedError) as caught:
         allocator.listener(TCP, "y", 1)
     assert caught.value.limit == "listeners"
 

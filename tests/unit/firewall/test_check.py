@@ -158,7 +158,7 @@ RULES = st.builds(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(RULES, max_size=6), st.sampled_from(NAMES + ["q.a.x.com"]), st.sampled_from(["/", "/a"]))
+@given(st.lists(RULES, max_size=6), st.sampled_from([*NAMES, "q.a.x.com"]), st.sampled_from(["/", "/a"]))
 def test_the_answer_is_what_the_compiled_plan_does(rules: list[Rule], name: str, path: str) -> None:
     """For names, over the model of the data plane."""
     from clawker_cp.firewall.allocations import EMPTY

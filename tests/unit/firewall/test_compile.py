@@ -21,7 +21,7 @@ SIDES = {"https": "tls", "wss": "tls", "http": "plain", "ws": "plain", "tcp": "o
 
 RULES = st.builds(
     lambda dst, wild, proto, port, action, scope: rule(f"{proto}://{'*.' if wild else ''}{dst}:{port}", action, scope),
-    st.sampled_from(NAMES[:4] + ["y.com"]),
+    st.sampled_from([*NAMES[:4], "y.com"]),
     st.booleans(),
     st.sampled_from(["https", "http", "tcp", "ssh", "udp"]),
     st.sampled_from(PORTS),

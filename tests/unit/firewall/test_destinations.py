@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from clawker_cp.firewall.destinations import (
     Destination,
-    DestinationProblem,
+    DestinationError,
     Kind,
     parse_destination,
     stored_destination,
@@ -67,7 +67,7 @@ def test_names_wildcards_addresses_and_networks_are_told_apart(dst: str, kind: K
 )
 def test_a_bad_destination_is_refused_with_what_is_wrong(dst: str, says: str) -> None:
     """Upper case is a problem of its own."""
-    with pytest.raises(DestinationProblem, match=says):
+    with pytest.raises(DestinationError, match=says):
         parse_destination(dst)
 
 
@@ -76,7 +76,7 @@ def test_any_text_is_a_destination_or_a_destination_problem(dst: str) -> None:
     """Nothing else is raised, and what is accepted means the same with the trailing dot gone."""
     try:
         found = parse_destination(dst)
-    except DestinationProblem:
+    except DestinationError:
         return
     assert isinstance(found, Destination)
     assert parse_destination(stored_destination(dst)) == found

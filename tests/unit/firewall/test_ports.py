@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clawker_cp.firewall import ports
-from clawker_cp.firewall.ports import PortProblem, effective_ports, format_ports, parse_ports
+from clawker_cp.firewall.ports import PortError, effective_ports, format_ports, parse_ports
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_port_specification_is_empty_one_number_or_a_range(text: str, found: t
 )
 def test_the_four_port_problems_are_told_apart(text: str, problem: str) -> None:
     """Not a number, out of range, reversed, malformed."""
-    with pytest.raises(PortProblem, match="^" + problem.replace(".", r"\.")):
+    with pytest.raises(PortError, match="^" + problem.replace(".", r"\.")):
         parse_ports(text)
 
 
@@ -57,7 +57,7 @@ def test_any_text_is_a_range_or_a_port_problem(text: str) -> None:
     """No other exception, and every accepted range is in order and in bounds."""
     try:
         found = parse_ports(text)
-    except PortProblem:
+    except PortError:
         return
     assert found is None or 1 <= found[0] <= found[1] <= 65535
 

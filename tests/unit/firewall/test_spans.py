@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ def test_carving_leaves_exactly_the_ports_that_are_allowed_and_not_denied(
     """And in sorted spans that neither overlap nor touch."""
     left = carve(allowed, denied)
     assert ports(left) == ports(allowed) - ports(denied)
-    assert all(first[1] + 1 < second[0] for first, second in zip(left, left[1:], strict=False))
+    assert all(first[1] + 1 < second[0] for first, second in itertools.pairwise(left))
 
 
 @given(RANGES)
@@ -30,7 +32,7 @@ def test_joining_keeps_the_ports(spans: list[tuple[int, int]]) -> None:
     """Joined spans neither overlap nor touch."""
     joined = join(spans)
     assert ports(joined) == ports(spans)
-    assert all(first[1] + 1 < second[0] for first, second in zip(joined, joined[1:], strict=False))
+    assert all(first[1] + 1 < second[0] for first, second in itertools.pairwise(joined))
     assert all(covers(joined, port) == (port in ports(spans)) for port in range(60))
 
 
