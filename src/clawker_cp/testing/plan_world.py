@@ -137,15 +137,18 @@ class World:
     def host(self, name: str, port: int, *, tls: bool) -> HttpOrigin | str:
         """What the egress listener does with a host: an origin, "pass", "rule_deny" or "host_not_allowed"."""
         entries: list[tuple[str, bool, HttpOrigin | str]] = []
-        for origin in self.policy.origins:
-            if (origin.port, origin.tls, origin.is_address) == (port, tls, False):
-                entries.append((origin.base, origin.wildcard, origin))
-        for denied in self.policy.denied_hosts:
-            if port in denied.ports and denied.tls in (None, tls):
-                entries.append((denied.base, denied.wildcard, "rule_deny"))
-        for passed in self.policy.passthrough:
-            if tls and passed.port == port:
-                entries.append((passed.base, passed.wildcard, "pass"))
+        policy = self.policy
+        entries += [
+            (one.base, one.wildcard, one)
+            for one in policy.origins
+            if (one.port, one.tls, one.is_address) == (port, tls, False)
+        ]
+        entries += [
+            (one.base, one.wildcard, "rule_deny")
+            for one in policy.denied_hosts
+            if port in one.ports and one.tls in (None, tls)
+        ]
+        entries += [(one.base, one.wildcard, "pass") for one in policy.passthrough if tls and one.port == port]
         places = [(base, wildcard) for base, wildcard, _ in entries]
         assert len(places) == len(set(places)), "two virtual hosts with one domain"
         exact = next((what for base, wildcard, what in entries if base == name and not wildcard), None)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from clawker_cp.firewall.plan import TCP, UDP, RouteAction, Topology
 from clawker_cp.firewall.rules import Rule
 
-NET = ipaddress.ip_network
 from clawker_cp.testing.plan_world import build, deny, problems, rule, world
+
+NET = ipaddress.ip_network
 
 
 def test_an_opaque_address_rule_has_a_dedicated_listener() -> None:

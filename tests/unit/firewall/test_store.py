@@ -115,9 +115,9 @@ def test_a_rule_that_does_not_hold_is_left_out_and_stays_in_the_file(tmp_path: P
 def test_a_lock_held_elsewhere_is_a_store_error(tmp_path: Path) -> None:
     """After the limit."""
     store = RuleStore(tmp_path, lock_timeout_s=0.1)
-    with locked(tmp_path / (SCOPED_FILE + ".lock"), 0.0), pytest.raises(ClawkerError, match="holds the lock") as caught:
-        with store.lock():
-            pass
+    held = locked(tmp_path / (SCOPED_FILE + ".lock"), 0.0)
+    with held, pytest.raises(ClawkerError, match="holds the lock") as caught, store.lock():
+        pass
     assert caught.value.code == "RULE_STORE_WRITE"
 
 
