@@ -61,6 +61,23 @@ def test_compile_after_a_change(benchmark: Any, number: int) -> None:
     )
 
 
+@pytest.mark.parametrize("remembering", [True, False])
+@pytest.mark.benchmark(group="one agent's rule among 50 agents and 200 global rules")
+def test_compile_for_one_agent_of_many(benchmark: Any, remembering: bool) -> None:
+    """With and without taking the other policies over from the last compile."""
+    rules = some_rules(200)
+    rules += [parse_rule_shorthand("own.example", scope=f"agent:p/a{index}") for index in range(50)]
+    before = compiled(rules)
+    extra = (parse_rule_shorthand(f"x{index}.example", scope="agent:p/a7") for index in count())
+    benchmark.pedantic(
+        lambda rule: compile_plan(
+            [*rules, rule], (), Topology(), before.allocations, now=0.0, previous=before if remembering else None
+        ),
+        setup=lambda: ((next(extra),), {}),
+        rounds=10,
+    )
+
+
 @pytest.mark.parametrize("number", [10, 1_000])
 @pytest.mark.benchmark(group="compile from nothing")
 def test_compile_from_nothing(benchmark: Any, number: int) -> None:

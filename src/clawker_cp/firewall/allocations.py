@@ -8,9 +8,10 @@ snapshot. Keeping it on disk is `allocation_files.py`'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from clawker_cp.firewall.plan import IDENTITY_FIRST, TCP, UDP
 from clawker_cp.firewall.rules import GLOBAL
@@ -38,6 +39,7 @@ BANDS: Mapping[int, tuple[range, ...]] = MappingProxyType(
 REST_S = 60.0
 
 ListenerKey = tuple[int, str, int]  # l4, destination, port
+Use = tuple[str, tuple[Any, ...], int]  # what was asked, with which arguments, the number given
 RestKey = tuple[str, str | ListenerKey]  # ("policy", key), ("listener", key), ("rule", id)
 
 
@@ -118,6 +120,7 @@ class Allocator:
         self._taken_rules = set(snapshot.rules.values())
         self._taken_rules |= {rest[0] for key, rest in self._resting.items() if key[0] == "rule"}
         self._next_rule = 0
+        self._uses: list[Use] = []
 
     def policy(self, key: str) -> int:
         """Return the number of a policy key; raises `ExhaustedError("policies")`."""
@@ -151,6 +154,7 @@ class Allocator:
         if number is None:
             number = self._new_listener(l4)
         self._listeners[key] = number
+        self._uses.append(("listener", key, number))
         return number
 
     def _new_listener(self, l4: int) -> int:
@@ -170,14 +174,14 @@ class Allocator:
             self._taken_identities.add(number)
             self._next_identity = number + 1 if number < IDENTITY_LAST else IDENTITY_FIRST
         self._identities[dst] = number
+        self._uses.append(("identity", (dst,), number))
         return number
 
     def rule(self, rule_id: str) -> int:
         """Return the index that kernel rows name a rule by; the lowest free one if it has none."""
         number = self._rules.get(rule_id)
-        if number is not None:
-            return number
-        number = self._old.rules.get(rule_id)
+        if number is None:
+            number = self._old.rules.get(rule_id)
         if number is None:
             number = self._rested("rule", rule_id)
         if number is None:
@@ -186,7 +190,24 @@ class Allocator:
             number = self._next_rule
             self._taken_rules.add(number)
         self._rules[rule_id] = number
+        self._uses.append(("rule", (rule_id,), number))
         return number
+
+    def take_uses(self) -> tuple[Use, ...]:
+        """Return what was asked for since the last call, and what it got."""
+        uses, self._uses = tuple(dict.fromkeys(self._uses)), []
+        return uses
+
+    def repeat(self, uses: Iterable[Use]) -> bool:
+        """Ask for everything again; returns whether all numbers are the same as then."""
+        asked: dict[str, Callable[..., int]] = {
+            "listener": self.listener,
+            "identity": self.identity,
+            "rule": self.rule,
+        }
+        same = [asked[kind](*arguments) == number for kind, arguments, number in uses]
+        self._uses.clear()
+        return all(same)
 
     def rule_ids(self) -> tuple[str, ...]:
         """Return rule ids by index, "" where an index is unused."""

@@ -88,7 +88,8 @@ def drop_until_it_compiles(
     Compile, leaving out (or widening) the rules that problems name until it succeeds.
 
     For start-up only: a set that was stored is served as far as it holds. At run time a set that
-    does not compile is refused whole. Ends, since every round shortens the list of suspects.
+    does not compile is refused whole. No denial is ever left out while an allow is there. Ends,
+    since every round takes an allow or widens a deny.
     """
     left = list(rules)
     skipped: list[Problem] = []
@@ -98,12 +99,13 @@ def drop_until_it_compiles(
             return result, tuple(skipped)
         skipped += result
         guilty = {problem.index for problem in result}
-        kept: list[Rule] = []
-        for index, rule in enumerate(left):
-            if index not in guilty and not (guilty == {-1} and index == len(left) - 1):
-                kept.append(rule)
-            elif rule.is_deny and rule.proto != PROTO_ANY:
-                kept.append(replace(rule, proto=PROTO_ANY, port=""))
-        if len(kept) == len(left) and kept == left:
-            kept = []
-        left = kept
+        kept = [_lessened(rule) if index in guilty else rule for index, rule in enumerate(left)]
+        if kept == left:  # no single rule is to blame, or only denials are: allow less
+            allows = [index for index, rule in enumerate(left) if not rule.is_deny]
+            kept = [rule for index, rule in enumerate(left) if index != allows[-1]] if allows else []
+        left = [rule for rule in kept if rule is not None]
+
+
+def _lessened(rule: Rule) -> Rule | None:
+    """Return what stays of a rule that does not compile: nothing of an allow, all of its dst for a deny."""
+    return replace(rule, proto=PROTO_ANY, port="") if rule.is_deny else None

@@ -138,6 +138,36 @@ def test_a_change_never_renumbers_what_stays(rules: list[Rule], extra: Rule, shu
         assert len(set(new.values())) == len(new) or table == "listeners"
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(RULES, max_size=5, unique_by=lambda one: (one.scope, one.key)), min_size=2, max_size=4))
+def test_taking_policies_over_from_the_last_compile_changes_no_result(history: list[list[Rule]]) -> None:
+    """Whatever came before."""
+    previous: Compiled | None = None
+    numbers = Allocations()
+    for now, rules in enumerate(history):
+        fresh, quick = (
+            compile_plan(rules, [], Topology(), numbers, now=float(now), previous=one) for one in (None, previous)
+        )
+        assert fresh == quick
+        if isinstance(quick, Compiled) and isinstance(fresh, Compiled):
+            assert quick.plan.digest == fresh.plan.digest
+            previous, numbers = quick, quick.allocations
+
+
+def test_policies_that_a_change_does_not_concern_are_the_same_objects() -> None:
+    """One agent's rule costs the compile of one policy."""
+    rules = [rule("a.com", scope="project:p"), rule("ssh://b.com", scope="project:q")]
+    before = compile_plan(rules, [], Topology(), Allocations(), now=0.0)
+    assert isinstance(before, Compiled)
+    more = [*rules, rule("c.com", scope="project:q")]
+    after = compile_plan(more, [], Topology(), before.allocations, now=0.0, previous=before)
+    assert isinstance(after, Compiled)
+    assert after.parts["project:p"] is before.parts["project:p"]
+    assert after.parts["project:q"] is not before.parts["project:q"]
+    other = compile_plan(more, [], Topology(http3=False), after.allocations, now=0.0, previous=after)
+    assert isinstance(other, Compiled) and other.parts["project:p"] is not before.parts["project:p"]
+
+
 def test_rows_of_other_rules_do_not_change_when_one_rule_goes() -> None:
     """So that a small change stays a small change in the kernel."""
     rules = [rule(f"ssh://h{number}.com") for number in range(20)]

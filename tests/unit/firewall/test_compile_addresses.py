@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from clawker_cp.firewall.plan import TCP, UDP, RouteAction, Topology
 from clawker_cp.firewall.rules import Rule
-
 from clawker_cp.testing.plan_world import build, deny, problems, rule, world
 
 NET = ipaddress.ip_network

@@ -80,6 +80,19 @@ def test_salvaging_ends_even_if_every_rule_is_a_problem() -> None:
     assert drop_until_it_compiles([rule("a.com"), deny("b.com"), rule("c.com")], refuse)[0] == 7
 
 
+def test_a_denial_is_never_left_out_while_there_is_an_allow() -> None:
+    """A compile that blames the deny gets a wider one, then fewer allows."""
+    seen: list[list[tuple[str, str]]] = []
+
+    def refuse(rules: Sequence[Rule]) -> list[Problem] | int:
+        seen.append([(one.dst, one.proto) for one in rules])
+        return [Problem(len(rules) - 1, "", "x", "y")] if len(rules) > 1 else 7
+
+    drop_until_it_compiles([rule("a.com"), rule("b.com"), deny("c.com")], refuse)
+    assert seen[1] == [("a.com", "https"), ("b.com", "https"), ("c.com", PROTO_ANY)]
+    assert all(("c.com", PROTO_ANY) in one for one in seen[1:])
+
+
 def test_a_destination_that_is_none_cannot_be_widened() -> None:
     """The caller closes wildcards instead."""
     assert widen("a..b", "global") is None
