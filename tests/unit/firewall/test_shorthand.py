@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clawker_cp.errors import InvalidInput
+from clawker_cp.firewall.documents import read_rules
 from clawker_cp.firewall.effective import RuleIndex, read_rule
 from clawker_cp.firewall.rules import PathRule, Rule, normalise
 from clawker_cp.firewall.shorthand import (
@@ -234,3 +238,20 @@ def test_the_shorthand_for_a_refused_request() -> None:
     assert shorthand_for("x.com", "https", 8443, "/a", "post") == "POST https://x.com:8443/a"
     assert shorthand_for("2001:db8::1", "tcp", 22) == "tcp://[2001:db8::1]:22"
     assert RuleIndex([read_rule(parse_rule_shorthand(shorthand_for("x.com", "udp", 53)))]).candidates("x.com")
+
+
+def test_every_shorthand_of_the_manual_is_a_rule() -> None:
+    """The table of docs/rules.md."""
+    manual = (Path(__file__).parents[3] / "docs" / "rules.md").read_text()
+    table = manual.partition("| Write | For |")[2].partition("\n\n")[0]
+    written = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    assert len(written) >= 9
+    for text in written:
+        assert rule_problems(parse_rule_shorthand(text)) == []
+
+
+def test_the_example_file_of_the_manual_reads() -> None:
+    """Strictly."""
+    manual = (Path(__file__).parents[3] / "docs" / "rules.md").read_text()
+    (found,) = read_rules(manual.partition("```yaml\n")[2].partition("```")[0])
+    assert (found.dst, found.path_default) == ("api.example.com", "deny")
