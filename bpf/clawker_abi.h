@@ -28,6 +28,7 @@ enum clawker_identity {
 	CLAWKER_ID_CATCH_ALL = 1, /* route rows: any address, port named by an HTTP-family rule (R11) */
 	CLAWKER_ID_HTTP = 2,	  /* every name that only has HTTP-family rules (R8) */
 	CLAWKER_ID_BYPASS = 3,	  /* a name answered only because a bypass or learning was on */
+	CLAWKER_ID_HTTP_TCP = 4,  /* like 2, for names that have no HTTP/3: TCP rows only */
 	CLAWKER_ID_FIRST = 256,
 };
 
