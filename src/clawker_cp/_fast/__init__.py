@@ -1,0 +1,3 @@
+"""
+Compiled hot paths and the libbpf bridge; imported through `accel` and `ebpf` only.
+"""

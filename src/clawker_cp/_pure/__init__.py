@@ -1,0 +1,3 @@
+"""
+Plain Python twins of `_fast`; imported through `accel` only.
+"""
