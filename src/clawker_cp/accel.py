@@ -11,11 +11,13 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or os.environ.get("CLAWKER_CP_NO_EXTENSIONS") == "1":
+    from clawker_cp._pure.dnswire import Query, build_reply, parse_query
     from clawker_cp._pure.names import NameMatcher
 
     IMPLEMENTATION = "pure"
 else:
     try:
+        from clawker_cp._fast.dnswire import Query, build_reply, parse_query
         from clawker_cp._fast.names import NameMatcher
     except ImportError as error:
         raise ImportError(
@@ -25,4 +27,4 @@ else:
 
     IMPLEMENTATION = "fast"
 
-__all__ = ["IMPLEMENTATION", "NameMatcher"]
+__all__ = ["IMPLEMENTATION", "NameMatcher", "Query", "build_reply", "parse_query"]
