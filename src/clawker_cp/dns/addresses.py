@@ -24,9 +24,17 @@ def _networks(*texts: str) -> tuple[IPNetwork, ...]:
 # Never a destination of an agent, whatever a rule says: "this network", loopback, link-local,
 # multicast, broadcast with the rest of class E, and IPv6's forms of them (site-local is dead but routed by some).
 _NEVER = _networks(
-    "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4",
-    "::/128", "::1/128", "fe80::/10", "fec0::/10", "ff00::/8",
-)  # fmt: skip
+    "0.0.0.0/8",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "224.0.0.0/4",
+    "240.0.0.0/4",
+    "::/128",
+    "::1/128",
+    "fe80::/10",
+    "fec0::/10",
+    "ff00::/8",
+)
 _PRIVATE = _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 
 

@@ -15,6 +15,7 @@ from clawker_cp.dns.settings import BudgetSettings
 
 log = structlog.get_logger()
 
+UNLIMITED_REMEMBERED = 4096  # names kept to tell repeats, where their number has no limit
 _COUNTED_TYPES = frozenset({10, 16})  # NULL, TXT: the roomiest ways back
 
 
@@ -45,11 +46,14 @@ class Budgets:
         self._domains: dict[str, str] = {}
         self.exceeded = 0
 
-    def spend(self, agent: int, zone: str, name: str, qtype: int, now_ns: int, *, key: str, leaves: bool) -> bool:
+    def spend(
+        self, agent: int, zone: str, name: str, qtype: int, now_ns: int, *, key: str, leaves: bool, again: bool = False
+    ) -> bool:
         """
         Count one question for a name allowed by the wildcard `zone`; False = over budget, deny.
 
-        `leaves`: the cache cannot answer it. `key` names the agent in the log.
+        `leaves`: the cache cannot answer it. `again`: it is counted already, only say whether it may go on.
+        `key` names the agent in the log.
         """
         if self._off:
             return True
@@ -66,6 +70,8 @@ class Budgets:
                 return False
         if window.exceeded:
             return False
+        if again:
+            return True
         new = name not in window.names
         if new or leaves or qtype in _COUNTED_TYPES:
             self._count(window, name, qtype, new=new, leaves=leaves)
@@ -82,7 +88,7 @@ class Budgets:
         return {"agents": len(self._agents), "windows": sum(map(len, self._agents.values())), "exceeded": self.exceeded}
 
     def _count(self, window: _Window, name: str, qtype: int, *, new: bool, leaves: bool) -> None:
-        if new and (not self._settings.names or len(window.names) <= self._settings.names):
+        if new and len(window.names) <= (self._settings.names or UNLIMITED_REMEMBERED):
             window.names.add(name)
         if new or leaves:
             window.name_bytes += len(name)

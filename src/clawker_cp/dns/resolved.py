@@ -19,10 +19,24 @@ import dns.rdata
 import dns.rdatatype
 import dns.rdtypes.svcbbase
 import dns.rrset
-
 from clawker_cp.dns.addresses import AddressFilter, kernel_form
 
-A, NS, CNAME, SOA, NULL, PTR, MX, TXT, AAAA, SRV, SVCB, HTTPS, ANY, CAA = 1, 2, 5, 6, 10, 12, 15, 16, 28, 33, 64, 65, 255, 257  # fmt: skip
+A, NS, CNAME, SOA, NULL, PTR, MX, TXT, AAAA, SRV, SVCB, HTTPS, ANY, CAA = (
+    1,
+    2,
+    5,
+    6,
+    10,
+    12,
+    15,
+    16,
+    28,
+    33,
+    64,
+    65,
+    255,
+    257,
+)
 DNAME = 39
 FORWARDED = frozenset({A, NS, CNAME, SOA, PTR, MX, TXT, AAAA, SRV, SVCB, HTTPS, CAA})
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3
@@ -72,7 +86,19 @@ class Resolved:
     `expires_ns` and `received_ns` are monotonic. `own_zone`: the name lies in a zone with forwarders of its own.
     """
 
-    __slots__ = ("_public", "_private", "expires_ns", "failed", "own_zone", "question", "rcode", "received_ns", "records", "size", "zone")  # fmt: skip
+    __slots__ = (
+        "_private",
+        "_public",
+        "expires_ns",
+        "failed",
+        "own_zone",
+        "question",
+        "rcode",
+        "received_ns",
+        "records",
+        "size",
+        "zone",
+    )
 
     def __init__(
         self,
@@ -124,9 +150,7 @@ _SOA_REST = struct.pack("!HHIH", SOA, 1, 1, len(_SOA_DATA)) + _SOA_DATA
 HINFO_ANY = b"\xc0\x0c" + struct.pack("!HHIH", 13, 1, 300, 9) + b"\x07RFC8482\0"
 
 
-def read_answer(
-    message: bytes, question: bytes, *, now_ns: int, zone: str = ".", own_zone: bool = False
-) -> Resolved:
+def read_answer(message: bytes, question: bytes, *, now_ns: int, zone: str = ".", own_zone: bool = False) -> Resolved:
     """
     Reduce a forwarder's message to what may be passed on of its answer section.
 
@@ -184,7 +208,7 @@ def _without_hints(rdata: dns.rdata.Rdata) -> dns.rdata.Rdata:
         # A mandatory list that names a missing parameter makes the record unusable.
         left = [key for key in mandatory.keys if key not in _REMOVED_PARAMS]
         if left:
-            params[_MANDATORY] = dns.rdtypes.svcbbase.MandatoryParam(left)
+            params[_MANDATORY] = dns.rdtypes.svcbbase.MandatoryParam(left)  # type: ignore[no-untyped-call]
         else:
             del params[_MANDATORY]
     return rdata.replace(params=params)
