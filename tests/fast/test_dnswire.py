@@ -92,7 +92,10 @@ OPT = b"\0" + struct.pack("!HHIH", 41, 1232, 0, 0)
         (struct.pack("!6H", 7, 0, 1, 0, 0, 1) + NAME + b"\0\1\0\1" + b"\1x" + OPT, 1),
         (struct.pack("!6H", 7, 0, 1, 0, 0, 1) + NAME + b"\0\1\0\1" + OPT[:-1], 1),
         (struct.pack("!6H", 7, 0, 1, 0, 0, 5) + NAME + b"\0\1\0\1" + OPT * 5, 1),
-        (struct.pack("!6H", 7, 0, 1, 0, 0, 1) + NAME + b"\0\1\0\1" + b"\0" + struct.pack("!HHIH", 41, 9, 1 << 16, 0), 16),
+        (
+            struct.pack("!6H", 7, 0, 1, 0, 0, 1) + NAME + b"\0\1\0\1" + b"\0" + struct.pack("!HHIH", 41, 9, 1 << 16, 0),
+            16,
+        ),
     ],
 )
 def test_what_is_no_question(wire: Any, message: bytes, rcode: int) -> None:
@@ -154,7 +157,9 @@ MESSAGES = st.builds(
     lambda flags, counts, rest: struct.pack("!6H", 9, flags, *counts) + rest,
     st.sampled_from([0, 0x100, 0x120, 0x2800, 0x8180]),
     st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 1), st.integers(0, 5)),
-    st.one_of(st.binary(max_size=60), st.sampled_from([NAME + b"\0\1\0\1", b"\3A.b\0\0\x1c\0\1" + OPT, b"\0\0\2\0\1" + OPT])),
+    st.one_of(
+        st.binary(max_size=60), st.sampled_from([NAME + b"\0\1\0\1", b"\3A.b\0\0\x1c\0\1" + OPT, b"\0\0\2\0\1" + OPT])
+    ),
 )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from clawker_cp.dns.settings import GateSettings
 
@@ -85,15 +85,16 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admit or cut."""
-        assert isinstance(transport, asyncio.Transport)
-        peer = transport.get_extra_info("peername")
+        # uvloop's transports do not derive from asyncio's.
+        stream = cast("asyncio.Transport", transport)
+        peer = stream.get_extra_info("peername")
         client = peer[0] if peer else ""
         if not client or not self._connections.admit(client, self):
-            transport.abort()
+            stream.abort()
             return
         self._client = client
-        self._transport = transport
-        transport.set_write_buffer_limits(high=UNSENT_BYTES)
+        self._transport = stream
+        stream.set_write_buffer_limits(high=UNSENT_BYTES)
         self._last_s = self._loop.time()
         self._timer = self._loop.call_later(self._connections.idle_s, self._tick)
 

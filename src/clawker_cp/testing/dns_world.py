@@ -72,7 +72,9 @@ class Resolver:
     async def answer(self, data: bytes, transport: str) -> bytes | None:
         """Make the reply to one message."""
         query = dns.message.from_wire(data)
-        self.asked.append((query.question[0].name.to_text(), dns.rdatatype.to_text(query.question[0].rdtype), transport))
+        self.asked.append(
+            (query.question[0].name.to_text(), dns.rdatatype.to_text(query.question[0].rdtype), transport)
+        )
         if self.held is not None:
             await self.held.wait()
         if self.silent:
@@ -105,7 +107,7 @@ class Resolver:
             return reply
         for text in found:
             owner, ttl, kind, data = text.split(" ", 3)
-            reply.answer.append(dns.rrset.from_text(name if owner == "@" else owner, int(ttl), "IN", kind, data))
+            reply.answer.append(dns.rrset.from_text(f"{name if owner == '@' else owner}.", int(ttl), "IN", kind, data))
         return reply
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
