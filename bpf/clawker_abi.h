@@ -2,7 +2,7 @@
 /*
  * clawker_abi.h - every structure and number shared by the BPF programs, the C shim and Cython.
  *
- * Included by bpf/*.c (after the kernel types), by src/clawker_cp/_fast/bpf_shim.c and, through
+ * Included by the BPF sources (after the kernel types), by src/clawker_cp/_fast/bpf_shim.c and, through
  * `cdef extern`, by the Cython modules. No other file repeats a layout. Addresses are 16 bytes in
  * network order, IPv4 in its mapped form (::ffff:a.b.c.d), so that one map serves both families.
  * Ports are host order unless the name says `_be`. Times are CLOCK_MONOTONIC nanoseconds.
@@ -84,6 +84,8 @@ enum clawker_reason {
 	CLAWKER_R_ADDRESS_RULE = 68,
 	CLAWKER_R_NAME_ROUTE = 69,
 	CLAWKER_R_CATCH_ALL = 70,
+	CLAWKER_R_LEARN = 71,
+	CLAWKER_R_INBOUND_REPLY = 72,
 };
 
 enum clawker_hook {
@@ -224,21 +226,43 @@ struct clawker_flow_key {
 };
 CLAWKER_ASSERT_SIZE(struct clawker_flow_key, 32);
 
-/* flow_map: LRU; UDP reverse translation, what the application dialled. */
-struct clawker_nat_key {
-	__u64 cookie;
-	__u8 addr[16]; /* where the packet really goes */
-	__u16 port;
+/*
+ * flow_map: per-socket storage of what the application asked for. `peer` is the destination of a
+ * redirected connect(), for getpeername. `nat` translates the source of UDP replies back; a socket
+ * that talks to more than CLAWKER_NAT redirected destinations at once forgets the oldest.
+ */
+#define CLAWKER_NAT 8
+struct clawker_endpoint {
+	__u8 addr[16];
+	__u16 port; /* 0 = unused */
 	__u8 pad[6];
 };
-CLAWKER_ASSERT_SIZE(struct clawker_nat_key, 32);
+CLAWKER_ASSERT_SIZE(struct clawker_endpoint, 24);
 
-struct clawker_nat_value {
-	__u8 addr[16]; /* what the application asked for */
-	__u16 port;
-	__u8 pad[6];
+struct clawker_nat {
+	struct clawker_endpoint real;  /* where the packet goes */
+	struct clawker_endpoint asked; /* what the application named */
 };
-CLAWKER_ASSERT_SIZE(struct clawker_nat_value, 24);
+CLAWKER_ASSERT_SIZE(struct clawker_nat, 48);
+
+struct clawker_socket {
+	struct clawker_endpoint peer;
+	struct clawker_nat nat[CLAWKER_NAT];
+	__u32 next;
+	__u32 dropped; /* packets dropped by the backstop, for the record's rate */
+};
+CLAWKER_ASSERT_SIZE(struct clawker_socket, 416);
+
+/* error_map: where a helper failed. Append-only. */
+enum clawker_site {
+	CLAWKER_S_RING = 0,
+	CLAWKER_S_METRIC = 1,
+	CLAWKER_S_STORAGE = 2,
+	CLAWKER_S_INBOUND_FLOW = 3,
+	CLAWKER_S_STATE = 4,
+	CLAWKER_S_PACKET = 5,
+	CLAWKER_SITES = 8,
+};
 
 /* state_map: cgroup id -> running counters of an agent. Created by the manager, written by programs. */
 enum clawker_budget { CLAWKER_B_DENY = 0, CLAWKER_B_BYPASS = 1, CLAWKER_B_ALLOW = 2, CLAWKER_BUDGETS = 3 };

@@ -1,23 +1,25 @@
 """
-The one door to code that exists compiled and plain.
+Which implementation of the hot paths runs: compiled, or the plain twins when asked for.
 
-Everything else imports from here. The compiled twins are the default and their absence is an
-error, so that a broken build is never just slow; `CLAWKER_CP_NO_EXTENSIONS=1` selects the plain ones.
+A failed import stops the program: a silent slow path would hide a broken build. Only
+CLAWKER_CP_NO_EXTENSIONS=1 selects the twins; the map bridge has none and is imported where used.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING or os.environ.get("CLAWKER_CP_NO_EXTENSIONS") == "1":
     from clawker_cp._pure.dnswire import Query, build_reply, parse_query
+    from clawker_cp._pure.events import decode_events as _decode
     from clawker_cp._pure.names import NameMatcher
 
     IMPLEMENTATION = "pure"
 else:
     try:
         from clawker_cp._fast.dnswire import Query, build_reply, parse_query
+        from clawker_cp._fast.events import decode_events as _decode
         from clawker_cp._fast.names import NameMatcher
     except ImportError as error:
         raise ImportError(
@@ -27,4 +29,54 @@ else:
 
     IMPLEMENTATION = "fast"
 
-__all__ = ["IMPLEMENTATION", "NameMatcher", "Query", "build_reply", "parse_query"]
+
+class KernelEvent(NamedTuple):
+    """One decision of the kernel; fields and units of `struct clawker_event`."""
+
+    ktime_ns: int
+    cgroup_id: int
+    sequence: int
+    cookie: int
+    addr: bytes
+    identity: int
+    policy: int
+    rule: int
+    uid: int
+    pid: int
+    port: int
+    proxy_port: int
+    verdict: int
+    reason: int
+    hook: int
+    family: int
+    protocol: int
+    type: int
+    flags: int
+
+
+def decode_events(buffer: bytes) -> list[KernelEvent]:
+    """
+    Decode ring buffer records, in order.
+    """
+    return [KernelEvent._make(record) for record in _decode(buffer)]
+
+
+def libbpf_version() -> str:
+    """
+    Version of the libbpf this process runs on.
+    """
+    from clawker_cp._fast.bpfmap import libbpf_version as version  # noqa: PLC0415 - not needed by pure builds
+
+    return version()
+
+
+__all__ = [
+    "IMPLEMENTATION",
+    "KernelEvent",
+    "NameMatcher",
+    "Query",
+    "build_reply",
+    "decode_events",
+    "libbpf_version",
+    "parse_query",
+]

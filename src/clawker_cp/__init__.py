@@ -1,0 +1,3 @@
+"""
+The control plane of a host that runs AI agents: egress decided in the kernel and by name.
+"""

@@ -1,0 +1,485 @@
+# cython: language_level=3str
+"""
+The bridge to the kernel: objects, maps, links and the ring buffer, over bpf_shim.c and libbpf.
+
+Keys and values are bytes whose layout `pack_*` and `unpack_*` take from the ABI header; nothing
+is laid out in Python. Every failure is an OSError with the errno, what was done and to what.
+Batches release the GIL once; a single map operation (0.4 us) keeps it.
+"""
+
+import os
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+
+from clawker_cp._fast cimport abi
+
+cdef extern from "bpf_shim.h" nogil:
+    struct bpf_object:
+        pass
+    struct shim_ring:
+        void *ring
+    const char *shim_log()
+    int shim_version(unsigned int *major, unsigned int *minor)
+    int shim_open(const char *path, bpf_object **object)
+    int shim_prepare(bpf_object *object, const char *pin_dir, uint32_t level, const char *sized, uint32_t entries)
+    int shim_load(bpf_object *object)
+    void shim_close(bpf_object *object)
+    int shim_map_fd(bpf_object *object, const char *name)
+    int shim_program_fd(bpf_object *object, const char *name)
+    int shim_attach(int program_fd, int cgroup_fd, uint32_t type)
+    int shim_replace(int link_fd, int program_fd)
+    int shim_pin(int fd, const char *path)
+    int shim_get(const char *path)
+    int shim_update(int map, const void *key, const void *value, uint64_t flags)
+    int shim_lookup(int map, const void *key, void *value)
+    int shim_delete(int map, const void *key)
+    int shim_next_key(int map, const void *key, void *next)
+    int shim_update_batch(int map, const void *keys, const void *values, uint32_t count, uint32_t *done)
+    int shim_delete_batch(int map, const void *keys, uint32_t count, size_t key_size, uint32_t *done)
+    int shim_possible_cpus()
+    int shim_ring_open(shim_ring *ring, int map)
+    int shim_ring_fd(const shim_ring *ring)
+    int shim_ring_drain(shim_ring *ring, abi.clawker_event *into, size_t room)
+    void shim_ring_close(shim_ring *ring)
+
+ABI_VERSION = abi.CLAWKER_ABI_VERSION
+SPANS = abi.CLAWKER_SPANS
+EVENT_BYTES = sizeof(abi.clawker_event)
+
+
+cdef int check(int rc, str what) except -1:
+    """The one way a negative errno becomes an exception; returns `rc` otherwise."""
+    if rc < 0:
+        raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
+    return rc
+
+
+def libbpf_version() -> str:
+    cdef unsigned int major = 0, minor = 0
+    shim_version(&major, &minor)
+    return f"{major}.{minor}"
+
+
+cdef class BpfObject:
+    """One loaded object file; owns its programs and maps until `close`."""
+
+    cdef bpf_object *_object
+    cdef str _path
+
+    def __cinit__(self):
+        self._object = NULL
+
+    @staticmethod
+    def load(str path, *, pin_dir, unsigned int agent_level, unsigned int max_agents):
+        """
+        Open, size, pin (reusing what is pinned already) and load; blocks for tens of milliseconds.
+
+        A pinned map of another layout is an OSError EINVAL. The verifier's words are on the
+        exception's `log`.
+        """
+        cdef BpfObject self = BpfObject.__new__(BpfObject)
+        cdef bytes path_bytes = os.fsencode(path)
+        cdef bytes pin_bytes = os.fsencode(pin_dir) if pin_dir is not None else b""
+        cdef const char *c_path = path_bytes
+        cdef const char *c_pin = pin_bytes
+        cdef bint pinned = pin_dir is not None
+        cdef int rc
+        self._path = path
+        with nogil:
+            rc = shim_open(c_path, &self._object)
+            if rc == 0:
+                rc = shim_prepare(self._object, c_pin if pinned else NULL, agent_level, b"container_map", max_agents)
+            if rc == 0:
+                rc = shim_load(self._object)
+        if rc < 0:
+            error = OSError(-rc, f"load {path}: {os.strerror(-rc)}")
+            error.log = (<bytes>shim_log()).decode("utf-8", "replace")
+            self.close()
+            raise error
+        return self
+
+    def map(self, str name, int key_bytes, int value_bytes):
+        cdef bytes c_name = name.encode()
+        return BpfMap(os.dup(check(shim_map_fd(self._object, c_name), f"find map {name}")), name, key_bytes, value_bytes)
+
+    def program_fd(self, str name) -> int:
+        """Descriptor of a program, owned by this object."""
+        cdef bytes c_name = name.encode()
+        return check(shim_program_fd(self._object, c_name), f"find program {name}")
+
+    def close(self) -> None:
+        if self._object != NULL:
+            shim_close(self._object)
+            self._object = NULL
+
+    def __dealloc__(self):
+        if self._object != NULL:
+            shim_close(self._object)
+
+
+cdef class BpfMap:
+    """One map by descriptor; owns the descriptor. Keys and values are bytes of fixed size."""
+
+    cdef readonly int fd
+    cdef readonly str name
+    cdef readonly int key_bytes
+    cdef readonly int value_bytes
+
+    def __cinit__(self, int fd, str name, int key_bytes, int value_bytes):
+        self.fd = fd
+        self.name = name
+        self.key_bytes = key_bytes
+        self.value_bytes = value_bytes
+
+    @staticmethod
+    def pinned(str path, int key_bytes, int value_bytes):
+        cdef bytes c_path = os.fsencode(path)
+        return BpfMap(check(shim_get(c_path), f"open pinned map {path}"), os.path.basename(path), key_bytes, value_bytes)
+
+    cdef int _sizes(self, bytes key, bytes value) except -1:
+        if len(key) != self.key_bytes or (value is not None and len(value) != self.value_bytes):
+            raise ValueError(f"{self.name}: key or value has the wrong size")
+        return 0
+
+    def put(self, bytes key, bytes value, unsigned long flags=0) -> None:
+        self._sizes(key, value)
+        check(shim_update(self.fd, PyBytes_AS_STRING(key), PyBytes_AS_STRING(value), flags), f"update {self.name}")
+
+    def get(self, bytes key):
+        """The value, or None when there is no such key."""
+        cdef bytes value = PyBytes_FromStringAndSize(NULL, self.value_bytes)
+        cdef int rc
+        self._sizes(key, None)
+        rc = shim_lookup(self.fd, PyBytes_AS_STRING(key), PyBytes_AS_STRING(value))
+        if rc == -2:
+            return None
+        check(rc, f"look up in {self.name}")
+        return value
+
+    def delete(self, bytes key) -> bool:
+        """Remove a key; False when it was not there."""
+        cdef int rc
+        self._sizes(key, None)
+        rc = shim_delete(self.fd, PyBytes_AS_STRING(key))
+        if rc == -2:
+            return False
+        check(rc, f"delete from {self.name}")
+        return True
+
+    def put_many(self, bytes keys, bytes values) -> int:
+        """Write rows laid out back to back, in one system call; returns how many."""
+        cdef uint32_t count = len(keys) // self.key_bytes, done = 0
+        cdef const char *k = PyBytes_AS_STRING(keys)
+        cdef const char *v = PyBytes_AS_STRING(values)
+        cdef int rc
+        if len(keys) % self.key_bytes or len(values) != count * self.value_bytes:
+            raise ValueError(f"{self.name}: keys and values do not match")
+        if count == 0:
+            return 0
+        with nogil:
+            rc = shim_update_batch(self.fd, k, v, count, &done)
+        check(rc, f"update {count} rows of {self.name} ({done} written)")
+        return done
+
+    def delete_many(self, bytes keys) -> int:
+        """Remove keys laid out back to back; missing ones are fine. Returns how many were there."""
+        cdef uint32_t count = len(keys) // self.key_bytes, done = 0
+        cdef const char *k = PyBytes_AS_STRING(keys)
+        cdef size_t size = self.key_bytes
+        cdef int rc
+        if count == 0:
+            return 0
+        with nogil:
+            rc = shim_delete_batch(self.fd, k, count, size, &done)
+        check(rc, f"delete {count} rows of {self.name}")
+        return done
+
+    def keys(self) -> list:
+        """All keys at this moment; rows that come and go meanwhile may be missed or seen."""
+        cdef bytes last = None
+        cdef bytes following
+        cdef list found = []
+        cdef int rc
+        while True:
+            following = PyBytes_FromStringAndSize(NULL, self.key_bytes)
+            rc = shim_next_key(self.fd, PyBytes_AS_STRING(last) if last is not None else NULL,
+                               PyBytes_AS_STRING(following))
+            if rc == -2:
+                return found
+            check(rc, f"walk {self.name}")
+            found.append(following)
+            last = following
+
+    def items(self) -> list:
+        return [(key, value) for key in self.keys() if (value := self.get(key)) is not None]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+cdef class RingBuffer:
+    """The reading end of the event ring; one reader at a time."""
+
+    cdef shim_ring _ring
+    cdef bytes _buffer
+
+    def __cinit__(self, int map_fd):
+        memset(&self._ring, 0, sizeof(self._ring))
+        check(shim_ring_open(&self._ring, map_fd), "open the event ring")
+
+    @property
+    def fd(self) -> int:
+        """An epoll descriptor that is readable when records wait."""
+        return shim_ring_fd(&self._ring)
+
+    def drain(self, size_t limit) -> bytes:
+        """At most `limit` waiting records, back to back."""
+        cdef abi.clawker_event *buffer = <abi.clawker_event *>PyMem_Malloc(limit * sizeof(abi.clawker_event))
+        cdef int count
+        if buffer == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                count = shim_ring_drain(&self._ring, buffer, limit)
+            check(count, "read the event ring")
+            return PyBytes_FromStringAndSize(<char *>buffer, count * sizeof(abi.clawker_event))
+        finally:
+            PyMem_Free(buffer)
+
+    def close(self) -> None:
+        if self._ring.ring != NULL:
+            shim_ring_close(&self._ring)
+
+    def __dealloc__(self):
+        if self._ring.ring != NULL:
+            shim_ring_close(&self._ring)
+
+
+def attach(int program_fd, int cgroup_fd, unsigned int attach_type) -> int:
+    """Link a program to a cgroup; returns the link's descriptor."""
+    cdef int rc
+    with nogil:
+        rc = shim_attach(program_fd, cgroup_fd, attach_type)
+    return check(rc, f"attach a program (type {attach_type})")
+
+
+def replace(int link_fd, int program_fd) -> None:
+    """Swap the program of a link with no moment in between."""
+    cdef int rc
+    with nogil:
+        rc = shim_replace(link_fd, program_fd)
+    check(rc, "replace a linked program")
+
+
+def pin(int fd, str path) -> None:
+    cdef bytes c_path = os.fsencode(path)
+    check(shim_pin(fd, c_path), f"pin {path}")
+
+
+def open_pinned(str path) -> int:
+    cdef bytes c_path = os.fsencode(path)
+    return check(shim_get(c_path), f"open {path}")
+
+
+def possible_cpus() -> int:
+    return check(shim_possible_cpus(), "count the CPUs")
+
+
+cdef int copy16(uint8_t *to, bytes source) except -1:
+    if len(source) != 16:
+        raise ValueError("an address has 16 bytes")
+    memcpy(to, PyBytes_AS_STRING(source), 16)
+    return 0
+
+
+SIZES = {
+    "container_map": (8, sizeof(abi.clawker_config)),
+    "dns_cache": (sizeof(abi.clawker_name_key), sizeof(abi.clawker_name_value)),
+    "route_map": (sizeof(abi.clawker_route_key), sizeof(abi.clawker_route_value)),
+    "cidr_map": (sizeof(abi.clawker_cidr_key), sizeof(abi.clawker_cidr_value)),
+    "proxy_port_map": (sizeof(abi.clawker_proxy_port_key), 4),
+    "reserved_map": (sizeof(abi.clawker_reserved_key), 4),
+    "inbound_map": (sizeof(abi.clawker_inbound_key), 4),
+    "state_map": (8, sizeof(abi.clawker_state)),
+    "metrics_map": (sizeof(abi.clawker_metric_key), 8),
+    "error_map": (4, 8),
+    "control": (4, sizeof(abi.clawker_control)),
+    "events": (0, 0),
+}
+
+
+def pack_config(unsigned int policy, unsigned int flags, unsigned long long bypass_until_ns, bytes proxy, bytes dns,
+                bytes cp, bytes host_proxy, unsigned short cp_agent_port, unsigned short cp_token_port,
+                unsigned short cp_health_port, unsigned short host_proxy_port, bytes host) -> bytes:
+    cdef abi.clawker_config c
+    memset(&c, 0, sizeof(c))
+    c.policy, c.flags, c.bypass_until_ns = policy, flags, bypass_until_ns
+    copy16(c.proxy_addr, proxy)
+    copy16(c.dns_addr, dns)
+    copy16(c.cp_addr, cp)
+    copy16(c.host_proxy_addr, host_proxy)
+    copy16(c.host_addr, host)
+    c.cp_agent_port, c.cp_token_port, c.cp_health_port = cp_agent_port, cp_token_port, cp_health_port
+    c.host_proxy_port = host_proxy_port
+    return PyBytes_FromStringAndSize(<char *>&c, sizeof(c))
+
+
+def unpack_config(bytes row) -> dict:
+    cdef abi.clawker_config c
+    if len(row) != sizeof(c):
+        raise ValueError("container_map: wrong size")
+    memcpy(&c, PyBytes_AS_STRING(row), sizeof(c))
+    return {
+        "policy": c.policy, "flags": c.flags, "bypass_until_ns": c.bypass_until_ns,
+        "proxy_addr": <bytes>c.proxy_addr[:16], "dns_addr": <bytes>c.dns_addr[:16], "cp_addr": <bytes>c.cp_addr[:16],
+        "host_proxy_addr": <bytes>c.host_proxy_addr[:16], "host_addr": <bytes>c.host_addr[:16],
+        "cp_agent_port": c.cp_agent_port, "cp_token_port": c.cp_token_port, "cp_health_port": c.cp_health_port,
+        "host_proxy_port": c.host_proxy_port,
+    }
+
+
+def pack_name(unsigned long long cgroup_id, bytes addr, tuple identities, unsigned long long expires_ns,
+              unsigned int source) -> tuple:
+    cdef abi.clawker_name_key k
+    cdef abi.clawker_name_value v
+    cdef int i
+    memset(&k, 0, sizeof(k))
+    memset(&v, 0, sizeof(v))
+    k.cgroup_id = cgroup_id
+    copy16(k.addr, addr)
+    for i in range(min(4, len(identities))):
+        v.identities[i] = identities[i]
+    v.expires_ns, v.source = expires_ns, source
+    return PyBytes_FromStringAndSize(<char *>&k, sizeof(k)), PyBytes_FromStringAndSize(<char *>&v, sizeof(v))
+
+
+def unpack_name(bytes key, bytes value) -> tuple:
+    """(cgroup id, address, identities, expires_ns, source)"""
+    cdef abi.clawker_name_key k
+    cdef abi.clawker_name_value v
+    if len(key) != sizeof(k) or len(value) != sizeof(v):
+        raise ValueError("dns_cache: wrong size")
+    memcpy(&k, PyBytes_AS_STRING(key), sizeof(k))
+    memcpy(&v, PyBytes_AS_STRING(value), sizeof(v))
+    return k.cgroup_id, <bytes>k.addr[:16], tuple([v.identities[i] for i in range(4) if v.identities[i]]), v.expires_ns, v.source
+
+
+def pack_route_key(unsigned int generation, unsigned int policy, unsigned int identity, unsigned short port,
+                   unsigned char l4) -> bytes:
+    cdef abi.clawker_route_key k
+    memset(&k, 0, sizeof(k))
+    k.generation, k.policy, k.identity, k.port, k.l4 = generation, policy, identity, port, l4
+    return PyBytes_FromStringAndSize(<char *>&k, sizeof(k))
+
+
+def unpack_route_key(bytes key) -> tuple:
+    cdef abi.clawker_route_key k
+    memcpy(&k, PyBytes_AS_STRING(key), sizeof(k))
+    return k.generation, k.policy, k.identity, k.port, k.l4
+
+
+def pack_route_value(unsigned char action, unsigned short proxy_port, unsigned int rule,
+                     unsigned long long deadline_ns) -> bytes:
+    cdef abi.clawker_route_value v
+    memset(&v, 0, sizeof(v))
+    v.action, v.proxy_port, v.rule, v.deadline_ns = action, proxy_port, rule, deadline_ns
+    return PyBytes_FromStringAndSize(<char *>&v, sizeof(v))
+
+
+def unpack_route_value(bytes value) -> tuple:
+    cdef abi.clawker_route_value v
+    memcpy(&v, PyBytes_AS_STRING(value), sizeof(v))
+    return v.action, v.proxy_port, v.rule, v.deadline_ns
+
+
+def pack_cidr_key(unsigned int generation, unsigned int policy, unsigned char l4, bytes addr,
+                  unsigned int prefixlen) -> bytes:
+    """`prefixlen` counts the bits of the 16-byte address."""
+    cdef abi.clawker_cidr_key k
+    memset(&k, 0, sizeof(k))
+    k.prefixlen = 72 + prefixlen
+    memcpy(k.generation_be, PyBytes_AS_STRING(generation.to_bytes(4, "big")), 4)
+    memcpy(k.policy_be, PyBytes_AS_STRING(policy.to_bytes(4, "big")), 4)
+    k.l4 = l4
+    copy16(k.addr, addr)
+    return PyBytes_FromStringAndSize(<char *>&k, sizeof(k))
+
+
+def pack_spans(list spans) -> bytes:
+    """Spans of (low, high, action, proxy_port, rule, deadline_ns), at most SPANS."""
+    cdef abi.clawker_cidr_value v
+    cdef int i
+    if len(spans) > 16:
+        raise ValueError("cidr_map: more than 16 spans")
+    memset(&v, 0, sizeof(v))
+    for i in range(16):
+        v.spans[i].low = 1
+    for i, span in enumerate(spans):
+        v.spans[i].low, v.spans[i].high, v.spans[i].action = span[0], span[1], span[2]
+        v.spans[i].proxy_port, v.spans[i].rule, v.spans[i].deadline_ns = span[3], span[4], span[5]
+    return PyBytes_FromStringAndSize(<char *>&v, sizeof(v))
+
+
+def pack_proxy_port(unsigned int generation, unsigned int policy, unsigned short port, unsigned char l4) -> bytes:
+    cdef abi.clawker_proxy_port_key k
+    memset(&k, 0, sizeof(k))
+    k.generation, k.policy, k.port, k.l4 = generation, policy, port, l4
+    return PyBytes_FromStringAndSize(<char *>&k, sizeof(k))
+
+
+def pack_reserved(bytes addr, unsigned int prefixlen) -> bytes:
+    cdef abi.clawker_reserved_key k
+    memset(&k, 0, sizeof(k))
+    k.prefixlen = prefixlen
+    copy16(k.addr, addr)
+    return PyBytes_FromStringAndSize(<char *>&k, sizeof(k))
+
+
+def pack_inbound(unsigned long long cgroup_id, unsigned short port) -> bytes:
+    cdef abi.clawker_inbound_key k
+    memset(&k, 0, sizeof(k))
+    k.cgroup_id, k.port = cgroup_id, port
+    return PyBytes_FromStringAndSize(<char *>&k, sizeof(k))
+
+
+def unpack_inbound(bytes key) -> tuple:
+    cdef abi.clawker_inbound_key k
+    memcpy(&k, PyBytes_AS_STRING(key), sizeof(k))
+    return k.cgroup_id, k.port
+
+
+def pack_control(unsigned int generation, unsigned int enforce, tuple budget, unsigned int wakeup) -> bytes:
+    cdef abi.clawker_control c
+    memset(&c, 0, sizeof(c))
+    c.abi, c.generation, c.enforce, c.wakeup = abi.CLAWKER_ABI_VERSION, generation, enforce, wakeup
+    for i in range(3):
+        c.budget[i] = budget[i]
+    return PyBytes_FromStringAndSize(<char *>&c, sizeof(c))
+
+
+def unpack_control(bytes row) -> dict:
+    cdef abi.clawker_control c
+    memcpy(&c, PyBytes_AS_STRING(row), sizeof(c))
+    return {"abi": c.abi, "generation": c.generation, "enforce": c.enforce, "wakeup": c.wakeup,
+            "budget": (c.budget[0], c.budget[1], c.budget[2])}
+
+
+def empty_state() -> bytes:
+    return bytes(sizeof(abi.clawker_state))
+
+
+def unpack_state(bytes row) -> dict:
+    cdef abi.clawker_state s
+    memcpy(&s, PyBytes_AS_STRING(row), sizeof(s))
+    return {"sequence": s.sequence, "suppressed": s.suppressed[0] + s.suppressed[1] + s.suppressed[2]}
+
+
+def unpack_metric_key(bytes key) -> tuple:
+    cdef abi.clawker_metric_key k
+    memcpy(&k, PyBytes_AS_STRING(key), sizeof(k))
+    return k.cgroup_id, k.identity, k.port_bucket, k.verdict, k.reason
