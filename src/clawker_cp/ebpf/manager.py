@@ -1,0 +1,550 @@
+"""
+The one writer of the kernel maps (I8): load, adopt, attach, and the verbs of docs/bpf.md.
+
+Verbs are synchronous and cheap; `load`, `flush` and `sync_routes` of a large table block for
+milliseconds and belong in a thread. Nothing here knows who an agent is or what a rule says.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+
+import structlog
+
+from clawker_cp import accel
+from clawker_cp._fast import bpfmap
+from clawker_cp.ebpf import routes
+from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRow, mapped_prefix, unmapped
+from clawker_cp.errors import CapacityExceeded, Conflict, Unavailable, Unsupported
+
+log = structlog.get_logger()
+
+NAMES_PER_AGENT = 4096
+OLD_GENERATION_S = 1.0
+CONTROL_KEY = bytes(4)
+NOBODY = bytes(8)
+LINKS_DIR = "links"
+
+# Attach types of <linux/bpf.h>, in the order they are attached: the backstop first.
+ATTACH = (
+    ("clawker_egress", 1),
+    ("clawker_ingress", 0),
+    ("clawker_connect4", 10),
+    ("clawker_connect6", 11),
+    ("clawker_sendmsg4", 14),
+    ("clawker_sendmsg6", 15),
+    ("clawker_recvmsg4", 19),
+    ("clawker_recvmsg6", 20),
+    ("clawker_getpeername4", 29),
+    ("clawker_getpeername6", 30),
+    ("clawker_sock_create", 2),
+    ("clawker_setsockopt", 22),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What `load` found: pins of this layout (adopted), of another one (replaced), or none."""
+
+    adopted: bool
+    replaced: bool
+    agents: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """How many rows changed, whether a new generation was written, and how long it took."""
+
+    changed: int
+    full: bool
+    elapsed_us: int
+
+
+@dataclass(slots=True)
+class _Names:
+    """Mirror of one agent's rows in `dns_cache`: address -> (identities, expires_ns)."""
+
+    rows: dict[bytes, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+
+
+class Manager:
+    """
+    Owns the pinned kernel state below `pin_dir`.
+
+    Construction does nothing. `close` gives descriptors back and leaves everything pinned and
+    enforcing; only `flush` takes enforcement away.
+    """
+
+    def __init__(self, pin_dir: Path, *, max_agents: int = 4096) -> None:
+        self._pin_dir = pin_dir
+        self._max_agents = max_agents
+        self._object: bpfmap.BpfObject | None = None
+        self._maps: dict[str, bpfmap.BpfMap] = {}
+        self._ring: bpfmap.RingBuffer | None = None
+        self._parent: Path | None = None
+        self._generation = 0
+        self._table = routes.Table()
+        self._stale: tuple[float, routes.Table] | None = None
+        self._names: dict[int, _Names] = {}
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def load(self, parent_cgroup: Path) -> LoadReport:
+        """
+        Load and attach to the agents' parent cgroup, adopting what an earlier run pinned.
+
+        Links of an earlier run get the new programs by an atomic update: there is no moment
+        without one. Pins of another layout are replaced after the new programs are linked.
+        Raises `Unsupported` with the verifier's first line when the kernel refuses.
+        """
+        self._prepare_pin_dir()
+        parent_level = _level(parent_cgroup)
+        adopted = (self._pin_dir / "control").exists()
+        replaced = False
+        try:
+            self._object = self._load_object(parent_level + 1)
+        except OSError as error:
+            if not adopted or error.errno not in {22, 17}:
+                raise self._unsupported(error) from error
+            log.warning("pins_replaced", pin_dir=str(self._pin_dir), cause=str(error))
+            self._set_aside_maps()
+            adopted, replaced = False, True
+            self._object = self._load_object(parent_level + 1)
+        for name, (key_bytes, value_bytes) in bpfmap.SIZES.items():
+            self._maps[name] = self._object.map(name, key_bytes, value_bytes)
+        self._adopt_control(adopted=adopted)
+        self._attach_all(parent_cgroup)
+        self._ring = bpfmap.RingBuffer(self._maps["events"].fd)
+        self._parent = parent_cgroup
+        if adopted:
+            self._adopt_rows()
+        log.info("pins_adopted" if adopted else "ebpf_loaded", pin_dir=str(self._pin_dir))
+        return LoadReport(adopted, replaced, len(self._maps["container_map"].keys()))
+
+    def close(self) -> None:
+        """
+        Give descriptors back; enforcement stays pinned. Safe to call twice.
+        """
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+        for opened in self._maps.values():
+            opened.close()
+        self._maps.clear()
+        if self._object is not None:
+            self._object.close()
+            self._object = None
+
+    def flush(self, *, force: bool = False) -> None:
+        """
+        Detach and unpin everything. Refuses while a cgroup below the parent has processes.
+        """
+        if self._parent is not None and not force:
+            busy = [str(path) for path in populated(self._parent)]
+            if busy:
+                raise Conflict(
+                    f"{len(busy)} agent cgroups still have processes, the first is {busy[0]}",
+                    hint="stop the agents first; enforcement stays",
+                )
+        self.close()
+        shutil.rmtree(self._pin_dir / LINKS_DIR, ignore_errors=True)
+        for path in self._pin_dir.iterdir() if self._pin_dir.exists() else ():
+            path.unlink(missing_ok=True)
+        if self._pin_dir.exists():
+            self._pin_dir.rmdir()
+
+    # -- agents -------------------------------------------------------------------------------
+
+    def enroll(self, cgroup_id: int, config: AgentConfig) -> None:
+        """
+        Write an agent's row; from here on its policy holds. Raises `CapacityExceeded` when full.
+        """
+        key = _u64(cgroup_id)
+        try:
+            if self._maps["state_map"].get(key) is None:
+                self._maps["state_map"].put(key, bpfmap.empty_state())
+            self._maps["container_map"].put(key, config.pack())
+        except OSError as error:
+            if error.errno == 7:  # E2BIG: the map is full
+                raise CapacityExceeded(
+                    f"{self._max_agents} agents are enrolled already",
+                    limit="agents",
+                    hint="raise firewall.max_agents and restart the control plane",
+                ) from error
+            raise Unavailable(f"cannot enrol an agent: {error.strerror}") from error
+
+    def withdraw(self, cgroup_id: int) -> None:
+        """
+        Remove every row of an agent that is dead; unknown ids are fine.
+        """
+        key = _u64(cgroup_id)
+        self._maps["container_map"].delete(key)
+        self._maps["state_map"].delete(key)
+        self.forget_names(cgroup_id)
+        for row in self._maps["inbound_map"].keys():
+            if bpfmap.unpack_inbound(row)[0] == cgroup_id:
+                self._maps["inbound_map"].delete(row)
+        for row in self._maps["metrics_map"].keys():
+            if bpfmap.unpack_metric_key(row)[0] == cgroup_id:
+                self._maps["metrics_map"].delete(row)
+
+    def agents(self) -> dict[int, AgentConfig]:
+        """
+        Every enrolled agent as the kernel has it.
+        """
+        rows = self._maps["container_map"].items()
+        return {int.from_bytes(key, "little"): AgentConfig.unpack(row) for key, row in rows}
+
+    def bypass(self, cgroup_id: int, until_ns: int) -> None:
+        """
+        Set the deadline (CLOCK_MONOTONIC ns, 0 = end now) up to which the kernel lets an agent pass.
+        """
+        self._change(cgroup_id, bypass_until_ns=until_ns)
+
+    def quarantine(self, cgroup_id: int, *, on: bool) -> None:
+        """
+        Leave an agent only its loopback, the gate and the control plane, or end that.
+        """
+        self._change(cgroup_id, quarantined=on)
+
+    def set_inbound(self, cgroup_id: int, ports: Mapping[int, InboundFrom]) -> None:
+        """
+        Say who may connect to which TCP ports of an agent; earlier ports are closed.
+        """
+        for row in self._maps["inbound_map"].keys():
+            owner, port = bpfmap.unpack_inbound(row)
+            if owner == cgroup_id and port not in ports:
+                self._maps["inbound_map"].delete(row)
+        for port, who in ports.items():
+            self._maps["inbound_map"].put(bpfmap.pack_inbound(cgroup_id, port), int(who).to_bytes(4, "little"))
+
+    # -- policy -------------------------------------------------------------------------------
+
+    def sync_routes(
+        self,
+        route_rows: Iterable[routes.RouteLike],
+        cidr_rows: Iterable[routes.CidrLike],
+        ports: Iterable[routes.ProxyPortLike],
+    ) -> SyncReport:
+        """
+        Make the kernel's tables equal to the given ones; nothing is left open on the way.
+        """
+        started = time.perf_counter_ns()
+        self._drop_stale()
+        wanted = routes.build_table(route_rows, cidr_rows, ports, routes.kernel_deadline_ns)
+        changed = sum(
+            _differences(getattr(self._table, part), getattr(wanted, part)) for part in ("routes", "cidrs", "ports")
+        )
+        full = changed > routes.SMALL
+        if full:
+            self._write_generation(wanted)
+        elif changed:
+            self._write_in_place(wanted)
+        self._table = wanted
+        return SyncReport(changed, full, (time.perf_counter_ns() - started) // 1000)
+
+    def set_reserved(self, prefixes: Iterable[IPNetwork]) -> None:
+        """
+        Replace the addresses that no rule, bypass or learning opens (R12); new ones first.
+        """
+        wanted = {bpfmap.pack_reserved(*mapped_prefix(prefix)) for prefix in prefixes}
+        reserved = self._maps["reserved_map"]
+        for key in wanted:
+            reserved.put(key, b"\1\0\0\0")
+        for key in reserved.keys():
+            if key not in wanted:
+                reserved.delete(key)
+
+    # -- names --------------------------------------------------------------------------------
+
+    def update_dns(self, cgroup_id: int, rows: Sequence[NameRow]) -> None:
+        """
+        Record which name an agent was told for an address, before it is told (I7).
+
+        All or nothing within the quota of `NAMES_PER_AGENT` addresses and four names an address;
+        beyond it `CapacityExceeded`, and the answer must not leave.
+        """
+        names = self._names.setdefault(cgroup_id, _Names())
+        now = time.monotonic_ns()
+        changes: dict[bytes, tuple[tuple[int, ...], int]] = {}
+        for row in rows:
+            known, expires = changes.get(row.addr) or names.rows.get(row.addr) or ((), 0)
+            if expires and expires < now:
+                known, expires = (), 0
+            if row.identity in known:
+                identities = (row.identity, *(i for i in known if i != row.identity))
+            elif len(known) >= 4:
+                raise CapacityExceeded(f"more than four names share {unmapped(row.addr)}", limit="names")
+            else:
+                identities = (row.identity, *known)
+            changes[row.addr] = (identities, max(expires, row.expires_ns))
+        if len(names.rows.keys() | changes.keys()) > NAMES_PER_AGENT:
+            self._collect(names, cgroup_id, now)
+            if len(names.rows.keys() | changes.keys()) > NAMES_PER_AGENT:
+                raise CapacityExceeded("the agent knows too many addresses at once", limit="names")
+        for addr, (identities, expires) in changes.items():
+            if names.rows.get(addr) == (identities, expires):
+                continue
+            key, value = bpfmap.pack_name(cgroup_id, addr, identities, expires, 2)
+            try:
+                self._maps["dns_cache"].put(key, value)
+            except OSError as error:
+                raise CapacityExceeded(f"the name cache refused a row: {error.strerror}", limit="names") from error
+            names.rows[addr] = (identities, expires)
+
+    def forget_names(self, cgroup_id: int) -> None:
+        """
+        Remove every learnt address of an agent, as before it asked its first question.
+        """
+        names = self._names.pop(cgroup_id, None)
+        for addr in names.rows if names else ():
+            self._maps["dns_cache"].delete(bpfmap.pack_name(cgroup_id, addr, (), 0, 2)[0])
+
+    def collect_garbage(self) -> int:
+        """
+        Remove expired learnt addresses; returns how many.
+        """
+        now = time.monotonic_ns()
+        return sum(self._collect(names, cgroup_id, now) for cgroup_id, names in list(self._names.items()))
+
+    # -- events and counters ------------------------------------------------------------------
+
+    @property
+    def events_fd(self) -> int:
+        """An epoll descriptor for `loop.add_reader`; also poll it, wake-ups are batched."""
+        if self._ring is None:
+            raise Unavailable("the kernel side is not loaded")
+        return self._ring.fd
+
+    def drain_events(self, limit: int = 4096) -> list[accel.KernelEvent]:
+        """
+        Take at most `limit` waiting decision records, oldest first.
+        """
+        if self._ring is None:
+            return []
+        return accel.decode_events(self._ring.drain(limit))
+
+    def counters(self) -> dict[tuple[int, int, int, int, int], int]:
+        """
+        Exact decisions by (cgroup id, identity, port bucket, verdict, reason).
+        """
+        cpus = bpfmap.possible_cpus()
+        with_cpus = bpfmap.BpfMap(os.dup(self._maps["metrics_map"].fd), "metrics_map", 16, 8 * cpus)
+        try:
+            return {
+                bpfmap.unpack_metric_key(key): sum(
+                    int.from_bytes(row[at : at + 8], "little") for at in range(0, len(row), 8)
+                )
+                for key, row in with_cpus.items()
+            }
+        finally:
+            with_cpus.close()
+
+    def statistics(self) -> dict[str, int]:
+        """
+        Sizes and losses: agents, learnt addresses, route rows, generation, records suppressed.
+        """
+        states = [bpfmap.unpack_state(row) for _key, row in self._maps["state_map"].items()]
+        return {
+            "agents": len(self._maps["container_map"].keys()),
+            "names": sum(len(names.rows) for names in self._names.values()),
+            "rows": len(self._table),
+            "generation": self._generation,
+            "suppressed": sum(state["suppressed"] for state in states),
+        }
+
+    # -- inner --------------------------------------------------------------------------------
+
+    def _prepare_pin_dir(self) -> None:
+        try:
+            self._pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._pin_dir.chmod(0o700)
+            (self._pin_dir / LINKS_DIR).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Unsupported(
+                f"cannot use {self._pin_dir} for pins: {error.strerror}",
+                feature="bpffs",
+                needs="a BPF file system",
+                hint=f"mount it: mount -t bpf bpf {self._pin_dir.parent}",
+            ) from error
+
+    def _load_object(self, agent_level: int) -> bpfmap.BpfObject:
+        path = files("clawker_cp") / "_bpf" / "clawker.bpf.o"
+        return bpfmap.BpfObject.load(
+            str(path), pin_dir=str(self._pin_dir), agent_level=agent_level, max_agents=self._max_agents
+        )
+
+    def _unsupported(self, error: OSError) -> Unsupported:
+        lines = [line for line in getattr(error, "log", "").splitlines() if line.strip()]
+        wrapped = Unsupported(
+            f"the kernel does not take the programs: {lines[-1] if lines else error.strerror}",
+            feature="cgroup eBPF",
+            needs="Linux 6.2 with BTF",
+            hint="see `clawker-cp check`",
+        )
+        wrapped.log = "\n".join(lines)  # type: ignore[attr-defined]
+        return wrapped
+
+    def _set_aside_maps(self) -> None:
+        # Only the names go: the old links keep the old programs and their maps enforcing until
+        # they are replaced below.
+        for name in bpfmap.SIZES:
+            (self._pin_dir / name).unlink(missing_ok=True)
+        (self._pin_dir / "flow_map").unlink(missing_ok=True)
+
+    def _adopt_control(self, *, adopted: bool) -> None:
+        row = self._maps["control"].get(CONTROL_KEY)
+        present = bpfmap.unpack_control(row) if row else {"abi": 0, "generation": 0}
+        if adopted and present["abi"] not in {0, bpfmap.ABI_VERSION}:
+            raise Conflict(
+                f"{self._pin_dir} holds state of layout {present['abi']}, this program needs {bpfmap.ABI_VERSION}",
+                hint="stop the agents, remove the pins with `ebpf-manager flush`, and start again",
+            )
+        self._generation = present["generation"]
+        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(self._generation, 1, (0, 0, 0), 0))
+        if self._maps["state_map"].get(NOBODY) is None:
+            self._maps["state_map"].put(NOBODY, bpfmap.empty_state())
+
+    def _attach_all(self, parent: Path) -> None:
+        assert self._object is not None
+        cgroup_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name, attach_type in ATTACH:
+                pinned = self._pin_dir / LINKS_DIR / name
+                program_fd = self._object.program_fd(name)
+                if pinned.exists():
+                    link = bpfmap.open_pinned(str(pinned))
+                    try:
+                        bpfmap.replace(link, program_fd)
+                        continue
+                    except OSError as error:
+                        # The cgroup it was attached to is gone: it enforces nothing any more.
+                        if error.errno != 67:  # ENOLINK
+                            raise
+                        pinned.unlink()
+                    finally:
+                        os.close(link)
+                link = bpfmap.attach(program_fd, cgroup_fd, attach_type)
+                try:
+                    bpfmap.pin(link, str(pinned))
+                finally:
+                    os.close(link)
+        finally:
+            os.close(cgroup_fd)
+
+    def _adopt_rows(self) -> None:
+        table = routes.Table()
+        for part, name in (("routes", "route_map"), ("cidrs", "cidr_map"), ("ports", "proxy_port_map")):
+            rows: dict[bytes, bytes] = getattr(table, part)
+            for key, value in self._maps[name].items():
+                at = slice(4, 8) if name == "cidr_map" else slice(0, 4)
+                generation = int.from_bytes(key[at], "big" if name == "cidr_map" else "little")
+                if generation == self._generation:
+                    rows[key[: at.start] + bytes(4) + key[at.stop :]] = value
+                else:
+                    self._maps[name].delete(key)
+        self._table = table
+        for key, value in self._maps["dns_cache"].items():
+            cgroup_id, addr, identities, expires, _source = bpfmap.unpack_name(key, value)
+            self._names.setdefault(cgroup_id, _Names()).rows[addr] = (identities, expires)
+
+    def _change(self, cgroup_id: int, **changes: int | bool) -> None:
+        key = _u64(cgroup_id)
+        row = self._maps["container_map"].get(key)
+        if row is None:
+            raise Conflict(f"cgroup {cgroup_id} is not enrolled")
+        self._maps["container_map"].put(key, replace(AgentConfig.unpack(row), **changes).pack())  # type: ignore[arg-type]
+
+    def _write_in_place(self, wanted: routes.Table) -> None:
+        g = self._generation
+        old, maps = self._table, self._maps
+        maps["proxy_port_map"].put_many(*_join(routes.rekey_routes(_new(old.ports, wanted.ports), g)))
+        maps["cidr_map"].delete_many(b"".join(routes.rekey_cidrs(_gone(old.cidrs, wanted.cidrs), g)))
+        maps["route_map"].delete_many(b"".join(routes.rekey_routes(_gone(old.routes, wanted.routes), g)))
+        maps["cidr_map"].put_many(*_join(routes.rekey_cidrs(_new(old.cidrs, wanted.cidrs), g)))
+        maps["route_map"].put_many(*_join(routes.rekey_routes(_new(old.routes, wanted.routes), g)))
+        maps["proxy_port_map"].delete_many(b"".join(routes.rekey_routes(_gone(old.ports, wanted.ports), g)))
+
+    def _write_generation(self, wanted: routes.Table) -> None:
+        following = (self._generation + 1) & 0xFFFFFFFF
+        self._maps["proxy_port_map"].put_many(*_join(routes.rekey_routes(wanted.ports, following)))
+        self._maps["cidr_map"].put_many(*_join(routes.rekey_cidrs(wanted.cidrs, following)))
+        self._maps["route_map"].put_many(*_join(routes.rekey_routes(wanted.routes, following)))
+        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(following, 1, (0, 0, 0), 0))
+        # Programs that read the old word may still be looking rows up: they keep a second.
+        self._stale = (time.monotonic() + OLD_GENERATION_S, self._under(self._table, self._generation))
+        self._generation = following
+
+    def _under(self, table: routes.Table, generation: int) -> routes.Table:
+        return routes.Table(
+            routes.rekey_routes(table.routes, generation),
+            routes.rekey_cidrs(table.cidrs, generation),
+            routes.rekey_routes(table.ports, generation),
+        )
+
+    def _drop_stale(self) -> None:
+        if self._stale is None:
+            return
+        due, table = self._stale
+        if (wait := due - time.monotonic()) > 0 and len(table) < len(self._table) * 4:
+            # Two bulk changes within a second: the maps have room for several generations.
+            time.sleep(min(wait, OLD_GENERATION_S))
+        self._maps["route_map"].delete_many(b"".join(table.routes))
+        self._maps["cidr_map"].delete_many(b"".join(table.cidrs))
+        self._maps["proxy_port_map"].delete_many(b"".join(table.ports))
+        self._stale = None
+
+    def _collect(self, names: _Names, cgroup_id: int, now_ns: int) -> int:
+        expired = [addr for addr, (_ids, expires) in names.rows.items() if expires < now_ns]
+        for addr in expired:
+            del names.rows[addr]
+            self._maps["dns_cache"].delete(bpfmap.pack_name(cgroup_id, addr, (), 0, 2)[0])
+        return len(expired)
+
+
+def populated(parent: Path) -> list[Path]:
+    """
+    Cgroups directly below `parent` in which, or below which, processes live.
+    """
+    found = []
+    for child in sorted(parent.iterdir()) if parent.exists() else ():
+        events = child / "cgroup.events"
+        if events.exists() and "populated 1" in events.read_text():
+            found.append(child)
+    return found
+
+
+def _level(cgroup: Path) -> int:
+    """Depth of a cgroup below the root of its hierarchy: the root is 0."""
+    level = 0
+    current = cgroup.resolve()
+    while (current.parent / "cgroup.procs").exists():
+        current = current.parent
+        level += 1
+    return level
+
+
+def _u64(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+def _new(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    return {key: value for key, value in wanted.items() if old.get(key) != value}
+
+
+def _gone(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    return {key: value for key, value in old.items() if key not in wanted}
+
+
+def _differences(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> int:
+    return len(_new(old, wanted)) + len(_gone(old, wanted))
+
+
+def _join(rows: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
+    return b"".join(rows.keys()), b"".join(rows.values())

@@ -1,0 +1,130 @@
+"""
+Route, address and proxy-port rows: what changed between two tables, and writing it safely.
+
+Up to `SMALL` changed rows are written in place in the order that never opens (proxy ports of new
+routes first, removed routes before removed ports). More are written as a new generation that
+becomes valid with one word (ruling R10).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from clawker_cp._fast import bpfmap
+from clawker_cp.ebpf.config import IPNetwork, mapped_prefix
+
+SMALL = 256
+NO_RULE = 0xFFFFFFFF
+
+
+class RouteLike(Protocol):
+    """`firewall.plan.RouteRow`."""
+
+    policy: int
+    identity: int
+    port: int
+    l4: int
+    action: int
+    proxy_port: int
+    rule: int
+    expires_at: float
+
+
+class SpanLike(Protocol):
+    """`firewall.plan.Span`."""
+
+    low: int
+    high: int
+    action: int
+    proxy_port: int
+    rule: int
+    expires_at: float
+
+
+class CidrLike(Protocol):
+    """`firewall.plan.CidrRow`."""
+
+    policy: int
+    l4: int
+    prefix: IPNetwork
+    spans: tuple[SpanLike, ...]
+
+
+class ProxyPortLike(Protocol):
+    """`firewall.plan.ProxyPort`."""
+
+    policy: int
+    l4: int
+    port: int
+
+
+Rows = dict[bytes, bytes]
+
+
+@dataclass(slots=True)
+class Table:
+    """Kernel rows of one table, keyed without the generation (which `rekey` puts in front)."""
+
+    routes: Rows = field(default_factory=dict)
+    cidrs: Rows = field(default_factory=dict)
+    ports: Rows = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.routes) + len(self.cidrs) + len(self.ports)
+
+
+def build_table(
+    routes: Iterable[RouteLike],
+    cidrs: Iterable[CidrLike],
+    ports: Iterable[ProxyPortLike],
+    deadline_ns: Callable[[float], int],
+) -> Table:
+    """
+    Lay rows out for generation 0; `deadline_ns` turns Unix seconds into kernel time.
+    """
+    table = Table()
+    for route in routes:
+        key = bpfmap.pack_route_key(0, route.policy, route.identity, route.port, route.l4)
+        table.routes[key] = bpfmap.pack_route_value(
+            int(route.action), route.proxy_port, route.rule & NO_RULE, deadline_ns(route.expires_at)
+        )
+    for cidr in cidrs:
+        addr, bits = mapped_prefix(cidr.prefix)
+        key = bpfmap.pack_cidr_key(0, cidr.policy, cidr.l4, addr, bits)
+        table.cidrs[key] = bpfmap.pack_spans(
+            [
+                (s.low, s.high, int(s.action), s.proxy_port, s.rule & NO_RULE, deadline_ns(s.expires_at))
+                for s in cidr.spans
+            ]
+        )
+    for port in ports:
+        table.ports[bpfmap.pack_proxy_port(0, port.policy, port.port, port.l4)] = b"\1\0\0\0"
+    return table
+
+
+def kernel_deadline_ns(expires_at: float) -> int:
+    """
+    A Unix time in seconds as CLOCK_MONOTONIC nanoseconds; 0 stays 0, the past becomes 1.
+    """
+    if not expires_at:
+        return 0
+    return max(1, time.monotonic_ns() + int((expires_at - time.time()) * 1e9))
+
+
+def rekey_routes(rows: Mapping[bytes, bytes], generation: int) -> Rows:
+    """
+    The same rows under another generation (the key's first word, host order).
+    """
+    head = generation.to_bytes(4, "little")
+    return {head + key[4:]: value for key, value in rows.items()}
+
+
+def rekey_cidrs(rows: Mapping[bytes, bytes], generation: int) -> Rows:
+    """
+    The same prefixes under another generation (after the prefix length, network order).
+    """
+    head = generation.to_bytes(4, "big")
+    return {key[:4] + head + key[8:]: value for key, value in rows.items()}
