@@ -1,0 +1,137 @@
+"""
+Answers per second of the gate on one core, asked by dnsperf from another network namespace.
+
+Prints ratios to a bare UDP echo on the same loop, to the plain twins and, where installed, to CoreDNS.
+Run with `-s` to see the table.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SECONDS = int(os.environ.get("BENCH_SECONDS", "3"))
+SERVER, CLIENT = "198.51.100.1", "198.51.100.2"
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
+    pytest.mark.skipif(shutil.which("dnsperf") is None, reason="dnsperf is not installed (Debian: dnsperf)"),
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What dnsperf said."""
+
+    per_second: float
+    mean_ms: float
+    lost_percent: float
+
+
+def run(*command: str) -> None:
+    """Run a set-up command."""
+    subprocess.run(command, check=True, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def namespaces() -> Iterator[tuple[str, str]]:
+    """Two namespaces joined by a veth pair, and nothing else in them."""
+    stem = f"bd{os.getpid() % 10_000}{random.randrange(100)}"
+    server, client = f"{stem}s", f"{stem}c"
+    try:
+        for name in (server, client):
+            run("ip", "netns", "add", name)
+            run("ip", "-n", name, "link", "set", "lo", "up")
+        run("ip", "-n", server, "link", "add", "v0", "type", "veth", "peer", "name", "v0", "netns", client)
+        for name, address in ((server, SERVER), (client, CLIENT)):
+            run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "v0")
+            run("ip", "-n", name, "link", "set", "v0", "up")
+        yield server, client
+    finally:
+        for name in (server, client):
+            subprocess.run(("ip", "netns", "del", name), check=False, timeout=20)
+
+
+@contextmanager
+def serving(namespace: str, what: str, loop: str, *, plain: bool = False) -> Iterator[None]:
+    """Run one server pinned to the first core."""
+    environment = dict(os.environ, PYTHONPATH=str(HERE.parent / "src"), CLAWKER_CP_NO_EXTENSIONS="1" if plain else "")
+    command = ["ip", "netns", "exec", namespace, "taskset", "-c", "0", sys.executable, str(HERE / "dns_server.py")]
+    with subprocess.Popen(
+        [*command, what, loop, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout.readline().strip() == "ready"
+            yield
+            process.stdin.close()
+            print(process.stdout.read().strip())
+            process.wait(10)
+        finally:
+            process.kill()
+
+
+def ask(namespace: str, names: list[str], path: Path, *, outstanding: int = 100, once: bool = False) -> Result:
+    """Ask names for a while with dnsperf on the other core."""
+    path.write_text("".join(f"{name} A\n" for name in names))
+    limit = ["-n", "1"] if once else ["-l", str(SECONDS)]
+    said = subprocess.run(
+        ["ip", "netns", "exec", namespace, "taskset", "-c", "1", "dnsperf", "-s", SERVER, "-d", str(path), "-e"]
+        + ["-q", str(outstanding), "-t", "2", *limit],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern, said)
+        assert found is not None, said
+        return float(found[1])
+
+    return Result(
+        number(r"Queries per second:\s+([\d.]+)"),
+        1000 * number(r"Average Latency \(s\):\s+([\d.]+)"),
+        number(r"Queries lost:\s+\d+ \(([\d.]+)%"),
+    )
+
+
+HITS = [f"host-{number}.example.com" for number in range(1000)]
+DENIED = [f"host-{number}.evil.example" for number in range(1000)]
+MISSES = [f"n{number}.wild.example" for number in range(20_000)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_bench_dns(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    """dns_hit, dns_denied and dns_miss, each next to its ceiling and its twin, in one run."""
+    server, client = namespaces
+    path = tmp_path / "names"
+    results: dict[str, Result] = {}
+    for loop in ("uvloop", "asyncio"):
+        with serving(server, "echo", loop):
+            results[f"echo {loop}"] = ask(client, HITS, path)
+    for label, plain in (("gate", False), ("gate, plain twins", True)):
+        with serving(server, "gate", "uvloop", plain=plain):
+            ask(client, HITS, path, once=True)
+            results[f"dns_hit {label}"] = ask(client, HITS, path)
+            results[f"dns_hit {label}, one at a time"] = ask(client, HITS, path, outstanding=1)
+            results[f"dns_denied {label}"] = ask(client, DENIED, path)
+            results[f"dns_miss {label}"] = ask(client, MISSES, path, once=True)
+    ceiling = results["echo uvloop"].per_second
+    print(f"\n{'':38}{'answers/s':>12}{'mean ms':>10}{'lost %':>8}{'of echo':>9}")
+    for name, result in results.items():
+        ratio = result.per_second / ceiling
+        print(f"{name:38}{result.per_second:12,.0f}{result.mean_ms:10.3f}{result.lost_percent:8.2f}{ratio:9.2f}")
+    assert all(result.lost_percent < 1 for result in results.values())
+    assert results["dns_hit gate"].per_second > results["dns_hit gate, plain twins"].per_second
