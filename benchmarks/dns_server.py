@@ -22,7 +22,7 @@ CLIENT = "198.51.100.2"
 
 
 class Latest(deque[DnsRecord]):
-    """A bounded sink, as the flow pipeline's queue is."""
+    """A sink that holds as many records as the memory of flows holds of one agent."""
 
     def dns(self, record: DnsRecord) -> None:
         """Keep the record, drop the oldest."""
@@ -78,7 +78,7 @@ async def serve_gate(address: str) -> None:
             agents=FakeAgents({CLIENT: FakeAgent()}),
             policies=policies,
             kernel=FakeKernel(),
-            records=Latest(maxlen=65_536),
+            records=Latest(maxlen=4096),
         )
         await gate.start(group)
         print("ready", flush=True)

@@ -8,9 +8,9 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import dns.exception
 import structlog
 
-import dns.exception
 from clawker_cp.accel import NameMatcher
 from clawker_cp.dns.exchange import Forwarder, exchange
 from clawker_cp.dns.resolved import NOERROR, NXDOMAIN, SERVFAIL, Resolved, read_answer

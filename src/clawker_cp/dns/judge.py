@@ -141,6 +141,7 @@ class Judge:
         self._started_hex = format(wall_ns(), "x")
         self._number = 0
         self.cache = AnswerCache(entries=settings.cache_entries, size_bytes=settings.cache_bytes)
+        self._cached = self.cache.get
         self.budgets = Budgets(settings.budget)
         self.counts = Counts()
 
@@ -162,7 +163,6 @@ class Judge:
         query: Query,
         client: str,
         began_ns: int,
-        *,
         proxy: bool,
         limit: int,
         answer: Resolved | None = None,
@@ -180,16 +180,22 @@ class Judge:
             if agent is None:
                 self.counts.unknown_client += 1
                 return self._say(query, client, None, UNKNOWN_CLIENT, began_ns, REFUSED, option=_UNKNOWN, limit=limit)
-        if query.rcode:
-            return self._malformed(query, client, agent, began_ns, limit)
+            if agent.quarantined and query.name != CONTROL_PLANE and not query.rcode:
+                return self._deny(query, client, agent, QUARANTINED, began_ns, limit)
         name = query.name
-        reserved = self._reserved.find(name)
-        if agent is not None and agent.quarantined and name != CONTROL_PLANE:
-            return self._deny(query, client, agent, QUARANTINED, began_ns, limit)
-        if reserved >= 0:
-            return self._own(query, client, agent, reserved, began_ns, limit)
-        if query.odd or not name:
-            return self._deny(query, client, agent, MALFORMED if query.odd else NOT_ALLOWED, began_ns, limit)
+        known = answer or self._cached(query.key)
+        if known is None:
+            # Neither a reserved name nor what is no question is ever kept, so that a hit need not look.
+            if query.rcode:
+                return self._malformed(query, client, agent, began_ns, limit)
+            reserved = self._reserved.find(name)
+            if reserved >= 0:
+                return self._own(query, client, agent, reserved, began_ns, limit)
+            if query.odd or not name:
+                return self._deny(query, client, agent, MALFORMED if query.odd else NOT_ALLOWED, began_ns, limit)
+        elif answer is None and began_ns >= known.expires_ns:
+            self.cache.discard(query.key)
+            known = None
         if agent is None:
             verdict = self._policies.for_proxy(name) or NOT_ALLOWED
         else:
@@ -199,15 +205,8 @@ class Judge:
             if agent is None or not agent.bypassed:
                 return self._deny(query, client, agent, verdict, began_ns, limit)
             bypassed = True
-        known = answer or self.cache.get(query.key)
-        if known is not None and answer is None and began_ns >= known.expires_ns:
-            self.cache.discard(query.key)
-            known = None
-        if (
-            verdict.zone
-            and agent is not None
-            and not bypassed
-            and not self.budgets.spend(
+        elif agent is not None:
+            if verdict.zone and not self.budgets.spend(
                 agent.cgroup_id,
                 verdict.zone,
                 name,
@@ -216,16 +215,15 @@ class Judge:
                 key=agent.key,
                 leaves=known is None,
                 again=again,
-            )
-        ):
-            return self._deny(query, client, agent, BUDGET, began_ns, limit)
-        if agent is not None and (verdict.concrete or verdict.san) and not bypassed:
-            return Wait(agent.policy, verdict)
-        if query.qtype not in wire.FORWARDED or (query.qtype == wire.AAAA and not self._ipv6):
-            return self._without_data(query, client, agent, verdict, began_ns, limit, bypassed)
+            ):
+                return self._deny(query, client, agent, BUDGET, began_ns, limit)
+            if verdict.concrete or verdict.san:
+                return Wait(agent.policy, verdict)
         if known is None:
+            if query.qtype not in wire.FORWARDED or (query.qtype == wire.AAAA and not self._ipv6):
+                return self._without_data(query, client, agent, verdict, began_ns, limit, bypassed)
             return FORWARD
-        return self._release(query, client, agent, verdict, known, began_ns, limit, bypassed, fresh=answer is not None)
+        return self._release(query, client, agent, verdict, known, began_ns, limit, bypassed, answer is None)
 
     def fail(self, query: Query, client: str, wait: Wait | None, began_ns: int, *, proxy: bool, limit: int) -> bytes:
         """Answer SERVFAIL for what could not be waited for; `wait` None = too many are waiting."""
@@ -247,8 +245,7 @@ class Judge:
         began_ns: int,
         limit: int,
         bypassed: bool,
-        *,
-        fresh: bool,
+        cached: bool,
     ) -> bytes:
         """Let an answer go: filter, kernel first (I7), reply."""
         if known.failed:
@@ -288,18 +285,9 @@ class Judge:
             query, known.rcode, shape.body, shape.answers, shape.authority, shape.ttl_offsets, age_s, b"", limit
         )
         self._record(
-            query,
-            client,
-            agent,
-            verdict,
-            began_ns,
-            known.rcode,
-            bypassed=bypassed,
-            cached=not fresh,
-            zone=verdict.zone or known.zone,
-            answers=shape.addresses,
-            answer_count=shape.answers,
-        )
+            query, client, agent, verdict, began_ns, known.rcode, bypassed, cached, verdict.zone or known.zone,
+            shape.addresses, shape.answers, verdict.rule_id,
+        )  # fmt: skip
         return reply
 
     def _write(self, cgroup_id: int, key: bytes, shape: Shape, identity: int) -> None:
@@ -409,9 +397,8 @@ class Judge:
         """Answer NXDOMAIN with the reason: a denied name looks like one that does not exist, at once."""
         option = b""
         if query.edns:
-            event = f"d-{self._started_hex}-{self._number + 1}"
             option = _OWN_WORDS.get(verdict.reason) or extended_error(
-                EDE_BLOCKED, f"clawker: not allowed; {verdict.reason}; {event}"
+                EDE_BLOCKED, f"clawker: not allowed; {verdict.reason}; d-{self._started_hex}-{self._number + 1}"
             )
         body = wire.negative_authority(query.question)
         return self._say(
@@ -447,19 +434,9 @@ class Judge:
         rule_id: str = "",
     ) -> bytes:
         self._record(
-            query,
-            client,
-            agent,
-            verdict,
-            began_ns,
-            rcode,
-            bypassed=bypassed,
-            cached=True,
-            zone=verdict.zone,
-            answers=addresses,
-            answer_count=answers,
-            rule_id=rule_id,
-        )
+            query, client, agent, verdict, began_ns, rcode, bypassed, True, verdict.zone, addresses, answers,
+            rule_id or verdict.rule_id,
+        )  # fmt: skip
         return build_reply(query, rcode, body, answers, authority, (), 0, option, limit)
 
     def _record(
@@ -470,47 +447,52 @@ class Judge:
         verdict: Verdict,
         began_ns: int,
         rcode: int,
-        *,
         bypassed: bool,
         cached: bool,
         zone: str,
         answers: tuple[bytes, ...],
         answer_count: int,
-        rule_id: str = "",
+        rule_id: str,
     ) -> None:
         """Count the question and hand its record on; every question ends here exactly once."""
         counts = self.counts
         self._number += 1
         reason = verdict.reason
-        if bypassed:
-            counts.bypassed += 1
-            outcome, reason = "bypassed", "answered"
-        elif verdict.allowed:
+        if verdict.allowed:
             counts.answered += 1
             outcome = "allowed"
-        elif rcode == wire.SERVFAIL:
-            counts.failed += 1
-            outcome = "failed"
+        elif bypassed:
+            counts.bypassed += 1
+            outcome, reason = "bypassed", "answered"
         else:
-            counts.denied += 1
-            outcome = "denied"
-        counts.from_cache += cached
-        counts.reasons[reason] = counts.reasons.get(reason, 0) + 1
+            if rcode == wire.SERVFAIL:
+                counts.failed += 1
+                outcome = "failed"
+            else:
+                counts.denied += 1
+                outcome = "denied"
+            counts.reasons[reason] = counts.reasons.get(reason, 0) + 1
+        if cached:
+            counts.from_cache += 1
+        if agent is None:
+            cgroup_id, key, policy = 0, "", 0
+        else:
+            cgroup_id, key, policy = agent.cgroup_id, agent.key, agent.policy
         self._records.dns(
             DnsRecord(
                 self._started_hex,
                 self._number,
                 self._wall_ns(),
                 client,
-                agent.cgroup_id if agent is not None else 0,
-                agent.key if agent is not None else "",
-                agent.policy if agent is not None else 0,
+                cgroup_id,
+                key,
+                policy,
                 query.name,
                 query.qtype,
                 rcode,
                 outcome,
                 reason,
-                rule_id or verdict.rule_id,
+                rule_id,
                 zone or ".",
                 answers,
                 answer_count,

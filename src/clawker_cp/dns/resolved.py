@@ -19,6 +19,7 @@ import dns.rdata
 import dns.rdatatype
 import dns.rdtypes.svcbbase
 import dns.rrset
+
 from clawker_cp.dns.addresses import AddressFilter, kernel_form
 
 A, NS, CNAME, SOA, NULL, PTR, MX, TXT, AAAA, SRV, SVCB, HTTPS, ANY, CAA = (

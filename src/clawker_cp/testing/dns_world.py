@@ -24,6 +24,7 @@ from clawker_cp.accel import NameMatcher
 from clawker_cp.dns import DnsRecord, NameRow
 from clawker_cp.firewall.plan import NameVerdict
 
+NOT_ALLOWED = NameVerdict(False, "not_allowed")
 Answers = dict[tuple[str, str], Sequence[str]]
 Hook = Callable[[dns.message.Message, str], bytes | None]
 
@@ -188,7 +189,7 @@ class FakePolicies:
             )
         matcher, verdicts = self._made[policy]
         found = matcher.match(name)
-        return verdicts[found] if found >= 0 else NameVerdict(False, "not_allowed")
+        return verdicts[found] if found >= 0 else NOT_ALLOWED
 
     async def prepare(self, policy: int, name: str, verdict: object) -> None:
         """Note the call and run the test's reaction."""
