@@ -1,0 +1,216 @@
+"""
+The life of one sandbox, in the order that keeps it closed: address, policy, kernel row, process.
+
+An agent's first process starts only after its cgroup is enrolled, and its kernel row goes only
+after its death (I4). Engine, policy, kernel and roster are passed in by the application; this
+module owns the order and undoing half a start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+
+from clawker_cp.agents.roster import EnrolledAgent, Roster
+from clawker_cp.errors import ClawkerError, NotFound
+
+log = structlog.get_logger()
+
+END_LIMIT_S = 15.0
+
+
+class SandboxLike(Protocol):
+    """What the engine tells of a sandbox it made."""
+
+    id: str
+    project: str
+    agent: str
+    address: str
+    cgroup_id: int
+
+
+class SandboxEngine(Protocol):
+    """The part of the host engine that a life needs."""
+
+    async def create(self, spec: Any) -> SandboxLike: ...
+    async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None: ...
+    async def wait(self, sandbox_id: str) -> int: ...
+    async def signal(self, sandbox_id: str, signo: int) -> None: ...
+    async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None: ...
+
+
+class PolicyControl(Protocol):
+    """Where rules that live as long as a sandbox are put; returns when they are enforced."""
+
+    async def put_ephemeral(self, key: str, rules: Sequence[Mapping[str, Any]], *, learn: bool) -> int: ...
+    async def drop_ephemeral(self, key: str) -> None: ...
+
+
+class Enforcement(Protocol):
+    """The kernel side of one agent: row, published ports, direct paths."""
+
+    async def enroll(self, agent: EnrolledAgent, sandbox: SandboxLike) -> None: ...
+    async def withdraw(self, agent: EnrolledAgent) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LifeRequest:
+    """
+    What a client asks for: the engine's spec, and rules that live as long as the sandbox.
+    """
+
+    spec: Any
+    rules: Sequence[Mapping[str, Any]]
+    learn: bool = False
+
+
+@dataclass(slots=True)
+class _Life:
+    agent: EnrolledAgent
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class SandboxLives:
+    """
+    Starts, follows and ends sandboxes.
+
+    Every public operation leaves either a whole, enrolled sandbox or nothing. Cancelling `start`
+    undoes what was done.
+    """
+
+    def __init__(
+        self, engine: SandboxEngine, policy: PolicyControl, enforcement: Enforcement, roster: Roster
+    ) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._enforcement = enforcement
+        self._roster = roster
+        self._lives: dict[str, _Life] = {}
+
+    def __len__(self) -> int:
+        return len(self._lives)
+
+    @asynccontextmanager
+    async def prepared(self, request: LifeRequest) -> AsyncIterator[SandboxLike]:
+        """
+        Create and enrol a sandbox in which nothing runs yet; it is undone if the body fails.
+        """
+        sandbox = await self._engine.create(request.spec)
+        agent = EnrolledAgent(
+            id=sandbox.id,
+            project=sandbox.project,
+            agent=sandbox.agent,
+            address=sandbox.address,
+            cgroup_id=sandbox.cgroup_id,
+            policy=0,
+            learn=request.learn,
+        )
+        try:
+            policy = await self._policy.put_ephemeral(agent.key, request.rules, learn=request.learn)
+            agent = EnrolledAgent(
+                id=agent.id,
+                project=agent.project,
+                agent=agent.agent,
+                address=agent.address,
+                cgroup_id=agent.cgroup_id,
+                policy=policy,
+                learn=request.learn,
+            )
+            await self._enforcement.enroll(agent, sandbox)
+            self._roster.put(agent)
+            self._lives[agent.id] = _Life(agent)
+            log.info("agents_enrolled", id=agent.id, agent=agent.key, policy=policy, address=agent.address)
+            yield sandbox
+        except BaseException:
+            await asyncio.shield(self._end(agent))
+            raise
+
+    async def launch(self, sandbox_id: str, streams: tuple[int, int, int]) -> None:
+        """
+        Run the command of a prepared sandbox on the given streams.
+        """
+        await self._engine.run(sandbox_id, streams)
+
+    async def adopt(self, sandbox: SandboxLike, request: LifeRequest) -> None:
+        """
+        Take over a sandbox that ran on without us: its rules, its row and its place in the roster.
+        """
+        agent = EnrolledAgent(
+            id=sandbox.id,
+            project=sandbox.project,
+            agent=sandbox.agent,
+            address=sandbox.address,
+            cgroup_id=sandbox.cgroup_id,
+            policy=0,
+            learn=request.learn,
+        )
+        policy = await self._policy.put_ephemeral(agent.key, request.rules, learn=request.learn)
+        adopted = self._roster.update(agent.id, policy=policy)
+        if adopted is None:
+            agent = EnrolledAgent(
+                agent.id, agent.project, agent.agent, agent.address, agent.cgroup_id, policy, request.learn
+            )
+            self._roster.put(agent)
+            adopted = agent
+        await self._enforcement.enroll(adopted, sandbox)
+        self._lives[adopted.id] = _Life(adopted)
+        log.info("agents_adopted", id=adopted.id, agent=adopted.key, policy=policy)
+
+    def knows(self, sandbox_id: str) -> bool:
+        """
+        Whether a life of that id is being followed.
+        """
+        return sandbox_id in self._lives
+
+    async def signal(self, sandbox_id: str, signo: int) -> None:
+        """
+        Deliver a signal to the command of a sandbox.
+        """
+        await self._engine.signal(self._known(sandbox_id).agent.id, signo)
+
+    async def finish(self, sandbox_id: str) -> int:
+        """
+        Wait for the command's end, take everything of the sandbox away, and return its exit code.
+        """
+        life = self._known(sandbox_id)
+        code = await self._engine.wait(sandbox_id)
+        await self._end(life.agent)
+        return code
+
+    async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
+        """
+        End a sandbox whose client went away; a sandbox that is gone already is fine.
+        """
+        life = self._lives.get(sandbox_id)
+        if life is not None:
+            await self._end(life.agent, grace_s=grace_s)
+
+    async def _end(self, agent: EnrolledAgent, *, grace_s: float = 0.0) -> None:
+        # Death first, then the kernel row, then the rules: never a moment in which a living
+        # process has less of a policy than before.
+        for step in (
+            lambda: self._engine.remove(agent.id, force=True, grace_s=grace_s),
+            lambda: self._enforcement.withdraw(agent),
+            lambda: self._policy.drop_ephemeral(agent.key),
+        ):
+            try:
+                async with asyncio.timeout(END_LIMIT_S + grace_s):
+                    await step()
+            except (ClawkerError, OSError, TimeoutError) as error:
+                log.warning("agents_end_step_failed", id=agent.id, error=str(error))
+        self._roster.remove(agent.id)
+        life = self._lives.pop(agent.id, None)
+        if life is not None:
+            life.ended.set()
+        log.info("agents_withdrawn", id=agent.id, agent=agent.key)
+
+    def _known(self, sandbox_id: str) -> _Life:
+        life = self._lives.get(sandbox_id)
+        if life is None:
+            raise NotFound(f"no sandbox {sandbox_id} on this server")
+        return life

@@ -1,0 +1,97 @@
+"""
+`clawker-cp serve`: the control plane of this host, in the foreground.
+
+Reads options and settings, starts `app.ControlPlane` and turns its end into an exit code:
+0 drained, 1 failed, 2 settings, 3 host not supported (contract 10.1).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import orjson
+
+from clawker_cp.app import ControlPlane, load_configuration, preflight
+from clawker_cp.errors import ClawkerError
+from clawker_cp.runtime.runner import run_until_signal
+
+
+@click.command("serve")
+@click.option("--config-dir", type=click.Path(path_type=Path), help="Directory of control-plane.yaml.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Rules, allocations, certificates.")
+@click.option("--log-dir", type=click.Path(path_type=Path), help="Logs and flow records.")
+@click.option("--check", "only_check", is_flag=True, help="Validate the settings, print the host table, exit.")
+@click.option("--ephemeral", is_flag=True, hidden=True, help="End when the last sandbox is gone (started by run).")
+@click.option("--ready-fd", type=int, hidden=True, help="Write one JSON line there when ready or failed.")
+@click.pass_context
+def serve(
+    context: click.Context,
+    *,
+    config_dir: Path | None,
+    data_dir: Path | None,
+    log_dir: Path | None,
+    only_check: bool,
+    ephemeral: bool,
+    ready_fd: int | None,
+) -> None:
+    """
+    Run the control plane of this host until a signal ends it.
+    """
+    notify = _Notifier(ready_fd)
+    try:
+        settings, directories = load_configuration(config_dir=config_dir, data_dir=data_dir)
+        if only_check:
+            context.invoke(context.parent.command.commands["check"], as_json=False)  # type: ignore[union-attr, attr-defined]
+            return
+        control_plane = ControlPlane(
+            settings, directories, preflight(settings, directories), log_dir=log_dir, ephemeral=ephemeral
+        )
+        code = run_until_signal(lambda stop: control_plane.run(stop, on_ready=notify.ready))
+    except BaseExceptionGroup as group:
+        error = _leaf(group)
+        notify.failed(error)
+        raise error from group
+    except ClawkerError as error:
+        notify.failed(error)
+        raise
+    context.exit(code)
+
+
+class _Notifier:
+    """Tells the process that started us, once, that we are ready or why we are not."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def ready(self) -> None:
+        self._say({"ready": True, "pid": os.getpid()})
+
+    def failed(self, error: BaseException) -> None:
+        self._say(
+            {
+                "ready": False,
+                "code": getattr(error, "code", "INTERNAL"),
+                "message": str(error) or type(error).__name__,
+                "hint": getattr(error, "hint", None),
+            }
+        )
+
+    def _say(self, message: dict[str, object]) -> None:
+        if self._fd is None:
+            return
+        fd, self._fd = self._fd, None
+        try:
+            os.write(fd, orjson.dumps(message) + b"\n")
+        except BrokenPipeError:
+            return
+        finally:
+            os.close(fd)
+
+
+def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,3 @@
+"""
+Child processes: starting, adopting, watching and ending them.
+"""

@@ -1,0 +1,195 @@
+"""
+A child that outlives us: started detached, found again by pid and start time, ended on purpose.
+
+Envoy carries connections that must survive the death of the control plane (ruling R22). Its pid,
+start time and the digest of what it was started with stand in a file; the next start adopts a
+process that matches and ends one that does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import structlog
+
+from clawker_cp.errors import Unavailable
+
+log = structlog.get_logger()
+
+STOP_LIMIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What identifies a process beyond its pid, which the kernel reuses."""
+
+    pid: int
+    started: int
+    digest: str
+
+
+class LastingProcess:
+    """
+    One detached child. `start` adopts or launches; `wait` returns at its end; `stop` ends it.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], mark: Path, log_path: Path) -> None:
+        self.name = name
+        self._command = list(command)
+        self._mark_path = mark
+        self._log_path = log_path
+        self._pidfd = -1
+        self._pid = 0
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    def running(self) -> bool:
+        return self._pidfd >= 0 and start_time(self._pid) is not None
+
+    def start(self, digest: str) -> bool:
+        """
+        Adopt the process that runs with the same digest, else end it and launch a new one.
+
+        True when adopted.
+        """
+        digest = hashlib.sha256((digest + "\0".join(self._command)).encode()).hexdigest()
+        mark = self._read_mark()
+        if mark is not None and start_time(mark.pid) == mark.started:
+            if mark.digest == digest:
+                self._hold(mark.pid)
+                log.info("processes_adopted", name=self.name, pid=mark.pid)
+                return True
+            _end(mark.pid)
+        self._launch(digest)
+        return False
+
+    async def wait(self) -> None:
+        """
+        Wait until the process has ended.
+        """
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        if self._pidfd < 0:
+            return
+        loop.add_reader(self._pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._pidfd)
+        if self._popen is not None:
+            self._popen.poll()
+        self._let_go()
+
+    async def stop(self) -> None:
+        """
+        SIGTERM, and SIGKILL after `STOP_LIMIT_S`; forgets the mark. Fine when nothing runs.
+        """
+        if self._pidfd >= 0:
+            self._signal(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(STOP_LIMIT_S):
+                    await self.wait()
+            except TimeoutError:
+                self._signal(signal.SIGKILL)
+                await self.wait()
+        self._mark_path.unlink(missing_ok=True)
+
+    def let_live(self) -> None:
+        """
+        Stop watching and leave the process running for the next start to adopt.
+        """
+        self._let_go()
+
+    def last_output(self, limit_bytes: int = 4096) -> str:
+        """
+        The end of what the process has written.
+        """
+        try:
+            data = self._log_path.read_bytes()[-limit_bytes:]
+        except OSError:
+            return ""
+        return data.decode("utf-8", "replace").strip()
+
+    def _launch(self, digest: str) -> None:
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._log_path.open("ab") as output:
+                self._popen = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    cwd="/",
+                    env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": "/nonexistent"},
+                )
+        except OSError as error:
+            raise Unavailable(f"cannot start {self.name} ({self._command[0]}): {error.strerror}") from error
+        pid = self._popen.pid
+        started = start_time(pid) or 0
+        self._mark_path.write_bytes(orjson.dumps({"pid": pid, "started": started, "digest": digest}))
+        self._hold(pid)
+        log.info("processes_started", name=self.name, pid=pid)
+
+    def _hold(self, pid: int) -> None:
+        self._let_go()
+        self._pidfd = os.pidfd_open(pid)
+        self._pid = pid
+
+    def _let_go(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._popen is not None and self._popen.returncode is None:
+            # Detached on purpose; without this the interpreter warns about a child it never waited for.
+            self._popen.returncode = 0
+        self._popen = None
+
+    def _signal(self, number: int) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return
+
+    def _read_mark(self) -> _Mark | None:
+        try:
+            raw = orjson.loads(self._mark_path.read_bytes())
+            return _Mark(int(raw["pid"]), int(raw["started"]), str(raw["digest"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def start_time(pid: int) -> int | None:
+    """
+    When a living process started, in clock ticks since boot; None if it is gone or a zombie.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in {"Z", "X"} else int(fields[19])
+
+
+def _end(pid: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(pidfd)
