@@ -45,6 +45,7 @@ NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3
 MAX_NEGATIVE_S = 300
 DEFAULT_NEGATIVE_S = 5
 MAX_LIFE_S = 86_400
+MAX_RECORDS = 512  # reading more would hold the loop for milliseconds, and no agent may have as many rows
 HEADER = 12
 
 # Removed from HTTPS and SVCB: ech would hide the name from the proxy, hints go around the name cache.
@@ -160,6 +161,8 @@ def read_answer(message: bytes, question: bytes, *, now_ns: int, zone: str = "."
     message that cannot be read raises dns.exception.DNSException or ValueError.
     """
     qtype = struct.unpack_from("!H", question, len(question) - 4)[0]
+    if sum(struct.unpack_from("!3H", message, 6)) > MAX_RECORDS:
+        raise ValueError(f"more than {MAX_RECORDS} records")
     try:
         parsed = dns.message.from_wire(message, ignore_trailing=True, one_rr_per_rrset=False)
     except (dns.exception.DNSException, ValueError, struct.error):
