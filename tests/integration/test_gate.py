@@ -48,13 +48,7 @@ RECORDS = {
 }
 ALLOWED = NameVerdict(True, rule_id="r1", identity=IDENTITY_HTTP)
 WILD = NameVerdict(True, rule_id="r2", identity=300, zone="wild.example")
-EXACT = {
-    name: ALLOWED
-    for name in (
-        "api.example.com", "short.example.com", "inside.example.com", "rebind.example.com", "host.example.com",
-        "svc.example.com", "many.example.com", "mail.example.com", "gone.example.com",
-    )
-} | {"private.example.com": ALLOWED, "denied.wild.example": NameVerdict(False, "rule_deny", "r9")}  # fmt: skip
+EXACT = dict.fromkeys(("api.example.com", "short.example.com", "inside.example.com", "rebind.example.com", "host.example.com", "svc.example.com", "many.example.com", "mail.example.com", "gone.example.com"), ALLOWED) | {"private.example.com": ALLOWED, "denied.wild.example": NameVerdict(False, "rule_deny", "r9")}  # fmt: skip
 
 
 class World:
@@ -429,7 +423,7 @@ async def test_proxy_that_does_not_become_ready(world: World, failure: Exception
 
 
 async def test_budget_of_names() -> None:
-    """Distinct names below a wildcard are counted per agent and registered domain; above the bound NXDOMAIN `budget`."""
+    """Distinct names below a wildcard count per agent and registered domain; above the bound NXDOMAIN `budget`."""
     async with running(budget=BudgetSettings(names=10)) as world:
         world.policies.below[3] = dict(world.policies.below[2])
         for number in range(10):

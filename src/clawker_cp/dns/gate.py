@@ -29,6 +29,7 @@ from clawker_cp.errors import ClawkerError, Conflict
 
 log = structlog.get_logger()
 
+CLOSE_S = 5.0
 ROUNDS = 4  # waits of one question: proxy, forwarder, and once more each if policy changed meanwhile
 MAX_REPLY = 65_535
 Send = Callable[[bytes], None]
@@ -78,7 +79,7 @@ class Gate:
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[str, int] = {}
-        self._datagrams: list[asyncio.DatagramTransport] = []
+        self._datagrams: list[tuple[asyncio.DatagramTransport, _Datagrams]] = []
         self._servers: list[asyncio.Server] = []
         self.dropped = 0
         self.port = 0
@@ -109,13 +110,17 @@ class Gate:
         """Close all sockets and end what waits; safe to call twice."""
         for server in self._servers:
             server.close()
-        for transport in self._datagrams:
+        for transport, _ in self._datagrams:
             transport.abort()
         self._connections.abort()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5.0)
+            await asyncio.wait(self._tasks, timeout=CLOSE_S)
+        # A datagram socket is closed a turn of the loop later; its port is free only then.
+        for _, protocol in self._datagrams:
+            async with asyncio.timeout(CLOSE_S):
+                await protocol.ended.wait()
         self._servers.clear()
         self._datagrams.clear()
 
@@ -165,10 +170,10 @@ class Gate:
             datagram.bind((address, port))
             for bound in (stream, datagram):
                 bound.setblocking(False)
-            transport, _ = await loop.create_datagram_endpoint(
+            transport, protocol = await loop.create_datagram_endpoint(
                 lambda: _Datagrams(self, self._judge, proxy=proxy), sock=datagram
             )
-            self._datagrams.append(transport)
+            self._datagrams.append((transport, protocol))
             self._servers.append(
                 await loop.create_server(
                     lambda: Connection(self._connections, partial(self.ask, proxy=proxy)),
@@ -274,7 +279,7 @@ class _Datagrams(asyncio.DatagramProtocol):
         self._answer = judge.answer
         self._proxy = proxy
         self._full = False
-        self._closed = False
+        self.ended = asyncio.Event()
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -284,7 +289,7 @@ class _Datagrams(asyncio.DatagramProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Send nothing any more."""
-        self._closed = True
+        self.ended.set()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """Answer one datagram."""
@@ -310,7 +315,7 @@ class _Datagrams(asyncio.DatagramProtocol):
             self._sendto(step, addr)
 
     def _send(self, reply: bytes, addr: tuple[str, int]) -> None:
-        if self._full or self._closed:
+        if self._full or self.ended.is_set():
             self._gate.dropped += 1
         else:
             self._sendto(reply, addr)

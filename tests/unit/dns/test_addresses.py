@@ -39,7 +39,8 @@ def test_never(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "100.64.0.1", "100.127.255.255", "fc00::1", "fd12::1"]
+    "text",
+    ["10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "100.64.0.1", "100.127.255.255", "fc00::1", "fd12::1"],
 )
 def test_private_addresses_need_permission(text: str) -> None:
     """Private ranges pass only where the rule or the zone allows them."""

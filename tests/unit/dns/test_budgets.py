@@ -13,7 +13,16 @@ S = 1_000_000_000
 TXT, A = 16, 1
 
 
-def spend(budgets: Budgets, name: str, *, agent: int = 1, now_s: float = 0, qtype: int = A, leaves: bool = True, zone: str = "wild.example") -> bool:  # fmt: skip
+def spend(
+    budgets: Budgets,
+    name: str,
+    *,
+    agent: int = 1,
+    now_s: float = 0,
+    qtype: int = A,
+    leaves: bool = True,
+    zone: str = "wild.example",
+) -> bool:
     return budgets.spend(agent, zone, name, qtype, int(now_s * S), key=f"agent:p/{agent}", leaves=leaves)
 
 

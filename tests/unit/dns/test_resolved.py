@@ -43,7 +43,9 @@ def written(raw: bytes, known: Resolved, *, private: bool = False, age_s: int = 
     assert query is not None
     shape = known.shape(PUBLIC, private=private)
     return dns.message.from_wire(
-        build_reply(query, known.rcode, shape.body, shape.answers, shape.authority, shape.ttl_offsets, age_s, b"", 65535)
+        build_reply(
+            query, known.rcode, shape.body, shape.answers, shape.authority, shape.ttl_offsets, age_s, b"", 65535
+        )
     )
 
 
@@ -98,7 +100,12 @@ def test_nothing_left_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("authority", "life_s"),
-    [("example. 60 SOA . . 1 1 1 1 40", 40), ("example. 30 SOA . . 1 1 1 1 40", 30), ("", 5), ("example. 9999 SOA . . 1 1 1 1 9999", 300)],
+    [
+        ("example. 60 SOA . . 1 1 1 1 40", 40),
+        ("example. 30 SOA . . 1 1 1 1 40", 30),
+        ("", 5),
+        ("example. 9999 SOA . . 1 1 1 1 9999", 300),
+    ],
 )
 def test_negative_answers(authority: str, life_s: int) -> None:
     """What does not exist is remembered as long as its SOA says, at most 300 s, and goes out with our SOA."""
