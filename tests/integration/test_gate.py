@@ -48,7 +48,9 @@ RECORDS = {
 }
 ALLOWED = NameVerdict(True, rule_id="r1", identity=IDENTITY_HTTP)
 WILD = NameVerdict(True, rule_id="r2", identity=300, zone="wild.example")
-EXACT = dict.fromkeys(("api.example.com", "short.example.com", "inside.example.com", "rebind.example.com", "host.example.com", "svc.example.com", "many.example.com", "mail.example.com", "gone.example.com"), ALLOWED) | {"private.example.com": ALLOWED, "denied.wild.example": NameVerdict(False, "rule_deny", "r9")}  # fmt: skip
+NAMES = "api short inside rebind host svc many mail gone private".split()
+EXACT = {f"{name}.example.com": ALLOWED for name in NAMES}
+EXACT["denied.wild.example"] = NameVerdict(False, "rule_deny", "r9")
 
 
 class World:

@@ -40,8 +40,8 @@ ROW_GRACE_S = 300
 ROW_MIN_TTL_S = 60
 # A row that was written this long ago outlives the TTL the client gets by minutes: it need not be written again.
 ROW_FRESH_NS = 30 * 1_000_000_000
-WRITTEN_PER_AGENT = 4096
-WRITTEN_AGENTS = 8192
+WRITTEN_PER_AGENT = 1024
+WRITTEN_AGENTS = 4096
 NS = 1_000_000_000
 
 

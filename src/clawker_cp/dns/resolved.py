@@ -131,11 +131,15 @@ class Resolved:
         """Return the octets for a client that may (not) have private addresses; made once each."""
         made = self._private if private else self._public
         if made is None:
-            made = _write(self.question, self.rcode, self.records, admits, private=private)
+            made, whole = _write(self.question, self.rcode, self.records, admits, private=private)
             if private:
                 self._private = made
             else:
                 self._public = made
+                if whole:
+                    # Who may have more gets the same; the parsed records are the larger part of the memory.
+                    self._private = made
+                    self.records = ()
         return made
 
 
@@ -225,7 +229,8 @@ def _single(found: dns.rrset.RRset) -> Iterator[tuple[dns.rdata.Rdata, bytes]]:
 
 def _write(
     question: bytes, rcode: int, records: tuple[dns.rrset.RRset, ...], admits: AddressFilter, *, private: bool
-) -> Shape:
+) -> tuple[Shape, bool]:
+    """Write the records an agent may have; True = none was dropped."""
     start = HEADER + len(question)
     name, _ = dns.name.from_wire(question, 0)
     buffer = io.BytesIO()
@@ -264,7 +269,9 @@ def _write(
     if rcode != NOERROR or not data:
         body += negative_authority(question)
         authority = 1
-    return Shape(body, answers, authority, tuple(offsets), tuple(rows), tuple(addresses), seen > 0 and not addresses)
+    refused = seen > 0 and not addresses
+    shape = Shape(body, answers, authority, tuple(offsets), tuple(rows), tuple(addresses), refused)
+    return shape, seen == len(addresses)
 
 
 class AnswerCache:
