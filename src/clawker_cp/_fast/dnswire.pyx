@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freelist=64
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """
 Read DNS questions and write replies, compiled; records of other servers are not its job.
 
