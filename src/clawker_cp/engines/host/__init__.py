@@ -1,0 +1,3 @@
+"""
+The host engine: sandboxes of namespaces, a cgroup and a veth, without any daemon or image.
+"""

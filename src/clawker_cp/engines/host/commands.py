@@ -1,0 +1,43 @@
+"""
+Running the system's own tools (`ip`, `nft`, `bridge`) with a limit and a readable error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+
+from clawker_cp.errors import DeadlineExceeded, Unavailable, Unsupported
+
+LIMIT_S = 10.0
+PACKAGES = {"ip": "iproute2", "bridge": "iproute2", "nft": "nftables", "bwrap": "bubblewrap", "setpriv": "util-linux"}
+
+
+async def run(*command: str, text: str = "", check: bool = True) -> str:
+    """
+    Run a tool and return what it printed.
+
+    Raises `Unsupported` when the tool is not installed, `Unavailable` with its own words when it
+    fails (unless `check` is off), `DeadlineExceeded` after `LIMIT_S`.
+    """
+    if shutil.which(command[0]) is None:
+        package = PACKAGES.get(command[0], command[0])
+        raise Unsupported(
+            f"{command[0]} is not installed",
+            feature=command[0],
+            needs=f"the Debian package {package}",
+            hint=f"apt-get install {package}",
+        )
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            output, errors = await process.communicate(text.encode())
+    except TimeoutError as error:
+        process.kill()
+        raise DeadlineExceeded(f"{command[0]} did not end within {LIMIT_S:.0f} s") from error
+    if check and process.returncode:
+        words = errors.decode("utf-8", "replace").strip().splitlines()
+        raise Unavailable(f"{' '.join(command[:4])}: {words[0] if words else f'exit {process.returncode}'}")
+    return output.decode("utf-8", "replace")
