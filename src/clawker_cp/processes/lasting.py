@@ -13,7 +13,7 @@ import hashlib
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +41,19 @@ class LastingProcess:
     One detached child. `start` adopts or launches; `wait` returns at its end; `stop` ends it.
     """
 
-    def __init__(self, name: str, command: Sequence[str], mark: Path, log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        mark: Path,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self._command = list(command)
         self._mark_path = mark
         self._log_path = log_path
+        self._environment = dict(environment or {})
         self._pidfd = -1
         self._pid = 0
         self._popen: subprocess.Popen[bytes] | None = None
@@ -133,7 +141,11 @@ class LastingProcess:
                     stderr=output,
                     start_new_session=True,
                     cwd="/",
-                    env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "HOME": "/nonexistent"},
+                    env={
+                        "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+                        "HOME": "/nonexistent",
+                        **self._environment,
+                    },
                 )
         except OSError as error:
             raise Unavailable(f"cannot start {self.name} ({self._command[0]}): {error.strerror}") from error

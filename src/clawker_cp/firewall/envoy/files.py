@@ -1,0 +1,73 @@
+"""
+Configuration files on their way to Envoy: written by rename, each with a version of its own.
+
+Knows what it wrote last, so that only what differs is written again. Nothing is fsynced: all of
+it is made anew at every start (R20). Synchronous and quick; called on the loop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from clawker_cp.firewall.envoy.resources import CDS, LDS, ConfigFile
+
+# Each file before those that name what is in it.
+_RANK = {CDS: 0, LDS: 3}
+_SECRETS, _ROUTES = 1, 2
+
+
+def writing_order(names: Iterable[str]) -> list[str]:
+    """Return file names in the order that keeps every reference valid: CDS, SDS, RDS, LDS."""
+
+    def rank(name: str) -> tuple[int, str]:
+        return (_RANK.get(name, _SECRETS if name.startswith("sds-") else _ROUTES), name)
+
+    return sorted(names, key=rank)
+
+
+class ConfigDirectory:
+    """The files of one Envoy. `first_version` must be above every version it has ever seen."""
+
+    def __init__(self, directory: Path, first_version: int) -> None:
+        self._directory = directory
+        self._version = first_version
+        self._written: dict[str, ConfigFile] = {}
+        self._versions: dict[str, int] = {}
+
+    @property
+    def written(self) -> Mapping[str, ConfigFile]:
+        """What each file says now."""
+        return self._written
+
+    def changed(self, files: Mapping[str, ConfigFile]) -> list[str]:
+        """Return the names of files that differ from what was written, in writing order."""
+        known = self._written
+        return writing_order(n for n, file in files.items() if n not in known or known[n].digest != file.digest)
+
+    def write(self, name: str, file: ConfigFile) -> None:
+        """Replace one file; raises `OSError`, the old one is whole then."""
+        self._version += 1
+        replace_file(self._directory / name, file.document(self._version), 0o600 if file.secret else 0o640)
+        self._written[name] = file
+        self._versions[name] = self._version
+
+    def expected(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the statistics that acknowledge files, and the values they must have."""
+        return {f"{self._written[name].stat}.version_text": str(self._versions[name]) for name in names}
+
+    def forget(self, keep: Iterable[str]) -> None:
+        """Delete files that nothing reads any more."""
+        for name in set(self._written) - set(keep):
+            (self._directory / name).unlink(missing_ok=True)
+            del self._written[name], self._versions[name]
+
+
+def replace_file(path: Path, data: bytes, mode: int) -> None:
+    """Replace a file by rename, with its mode from the first moment; raises `OSError`."""
+    temporary = path.with_name(f".clawker-{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    temporary.replace(path)
