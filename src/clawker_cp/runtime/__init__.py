@@ -1,0 +1,3 @@
+"""
+What every long-running part needs: an entry point on uvloop, and supervised tasks.
+"""

@@ -1,0 +1,3 @@
+"""
+The record of every decision: one shape for kernel, gate and proxy, kept in memory and on disk.
+"""

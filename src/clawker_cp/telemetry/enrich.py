@@ -1,0 +1,241 @@
+"""
+From what the kernel, the gate and the proxy report to `Flow`. Pure.
+
+Names for kernel addresses come from a look-up that the caller passes in; what is not known stays
+empty rather than guessed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, DNS, KERNEL, PROXY, REDIRECTED, Flow
+
+# Equal enum clawker_reason of bpf/clawker_abi.h; a test compares.
+REASONS = {
+    0: "", 1: "not_enrolled", 2: "quarantined", 3: "engine_resolver", 4: "no_route", 5: "rule_deny",
+    6: "route_expired", 7: "family", 8: "protocol", 9: "ipv6_unrouted", 10: "ip_options", 11: "socket_option",
+    12: "fragment", 13: "inbound", 14: "proxy_port", 15: "map_full", 16: "config_missing", 17: "malformed",
+    64: "bypass", 65: "dns", 66: "loopback", 67: "infrastructure", 68: "address_rule", 69: "name_route",
+    70: "catch_all", 71: "learn", 72: "inbound_reply",
+}  # fmt: skip
+HOOKS = {
+    1: "connect4", 2: "connect6", 3: "sendmsg4", 4: "sendmsg6", 5: "sock_create", 6: "setsockopt", 7: "bind4",
+    8: "bind6", 9: "egress", 10: "ingress",
+}  # fmt: skip
+_KERNEL_VERDICTS = {1: ALLOWED, 2: DENIED, 3: BYPASSED, 4: REDIRECTED}
+_DNS_VERDICTS = {"allowed": ALLOWED, "denied": DENIED, "bypassed": BYPASSED, "failed": DENIED}
+_PROTOCOLS = {6: "tcp", 17: "udp", 1: "icmp", 58: "icmp", 255: "other"}
+_QUERY_TYPES = {
+    1: "A", 2: "NS", 5: "CNAME", 6: "SOA", 10: "NULL", 12: "PTR", 15: "MX", 16: "TXT", 28: "AAAA", 33: "SRV",
+    64: "SVCB", 65: "HTTPS", 255: "ANY", 257: "CAA",
+}  # fmt: skip
+SOCK_RAW = 3
+
+
+class Who(Protocol):
+    """The agent a record belongs to."""
+
+    id: str
+    project: str
+    agent: str
+
+
+class KernelRecord(Protocol):
+    """`accel.KernelEvent`."""
+
+    ktime_ns: int
+    cgroup_id: int
+    sequence: int
+    addr: bytes
+    identity: int
+    policy: int
+    rule: int
+    uid: int
+    pid: int
+    port: int
+    proxy_port: int
+    verdict: int
+    reason: int
+    hook: int
+    protocol: int
+    type: int
+    flags: int
+
+
+class DnsRecordLike(Protocol):
+    """`dns.ports.DnsRecord`."""
+
+    event_id: str
+    time_ns: int
+    policy: int
+    name: str
+    qtype: int
+    verdict: str
+    reason: str
+    rule_id: str
+    answers: tuple[bytes, ...]
+    duration_ns: int
+
+
+def address_text(addr: bytes) -> str:
+    """
+    Text of 4 or 16 octets; a mapped IPv4 address reads as IPv4, nothing reads as nothing.
+    """
+    if not any(addr):
+        return ""
+    if len(addr) == 16 and addr[:12] == b"\0" * 10 + b"\xff\xff":
+        addr = addr[12:]
+    return socket.inet_ntop(socket.AF_INET if len(addr) == 4 else socket.AF_INET6, addr)
+
+
+def monotonic_offset_ns() -> int:
+    """
+    What to add to kernel time to get Unix time.
+    """
+    return time.time_ns() - time.monotonic_ns()
+
+
+def from_kernel(
+    event: KernelRecord,
+    who: Who | None,
+    *,
+    offset_ns: int,
+    rule_ids: tuple[str, ...],
+    name_of: Callable[[int, str], str],
+    lost_before: int = 0,
+) -> Flow:
+    """
+    A kernel decision; `name_of(cgroup_id, address)` gives the name the agent was told, or "".
+    """
+    address = "" if event.flags & 1 else address_text(event.addr)
+    proto = "raw" if event.type == SOCK_RAW else _PROTOCOLS.get(event.protocol, "other")
+    return Flow(
+        event_id=f"k-{event.cgroup_id:x}-{event.sequence}",
+        time_unix_ns=event.ktime_ns + offset_ns,
+        container_id=who.id if who else "",
+        project=who.project if who else "",
+        agent=who.agent if who else "",
+        layer=KERNEL,
+        verdict=_KERNEL_VERDICTS.get(event.verdict, DENIED),
+        reason=REASONS.get(event.reason, f"reason_{event.reason}"),
+        rule_id=rule_ids[event.rule] if event.rule < len(rule_ids) else "",
+        policy=event.policy,
+        proto=proto,
+        host=name_of(event.cgroup_id, address) if address else "",
+        address=address,
+        port=event.port,
+        proxy_port=event.proxy_port,
+        uid=event.uid,
+        pid=event.pid,
+        sequence=event.sequence,
+        lost_before=lost_before,
+        hook=HOOKS.get(event.hook, ""),
+    )
+
+
+def from_dns(record: DnsRecordLike, who: Who | None) -> Flow:
+    """
+    A question of an agent and what became of it.
+    """
+    return Flow(
+        event_id=record.event_id,
+        time_unix_ns=record.time_ns,
+        container_id=who.id if who else "",
+        project=who.project if who else "",
+        agent=who.agent if who else "",
+        layer=DNS,
+        verdict=_DNS_VERDICTS.get(record.verdict, DENIED),
+        reason=record.reason,
+        rule_id=record.rule_id,
+        policy=record.policy,
+        proto="dns",
+        host=record.name.rstrip("."),
+        address=address_text(record.answers[0]) if record.answers else "",
+        query_type=_QUERY_TYPES.get(record.qtype, f"TYPE{record.qtype}"),
+        duration_us=record.duration_ns // 1000,
+    )
+
+
+def from_proxy(line: Mapping[str, Any], who: Who | None) -> Flow:
+    """
+    A line of the proxy's access log.
+    """
+    host, port = _host_and_port(line)
+    status = _number(line.get("response_code"))
+    denied = line.get("action") == "denied"
+    reason = str(line.get("reason") or ("host_not_allowed" if denied else "forwarded"))
+    if not denied and status >= 500 and line.get("response_flags") not in {None, "-", ""}:
+        reason = "origin_error"
+    if line.get("action") is None and status >= 400:
+        denied, reason = True, "request_refused"
+    return Flow(
+        event_id=str(line.get("event_id") or ""),
+        time_unix_ns=time.time_ns(),
+        container_id=who.id if who else "",
+        project=who.project if who else "",
+        agent=who.agent if who else "",
+        layer=PROXY,
+        verdict=DENIED if denied else ALLOWED,
+        reason=reason,
+        rule_id=str(line.get("rule") or ""),
+        policy=_number(line.get("policy")),
+        proto=_proxy_proto(line),
+        host=host,
+        address=str(line.get("network.peer.address") or "") if not denied else "",
+        port=port,
+        method=str(line.get("method") or ""),
+        path=str(line.get("path") or ""),
+        status=status,
+        bytes_sent=_number(line.get("bytes_received")),
+        bytes_received=_number(line.get("bytes_sent")),
+        duration_us=_number(line.get("duration_ms")) * 1000,
+    )
+
+
+def _proxy_proto(line: Mapping[str, Any]) -> str:
+    name = str(line.get("network.protocol.name") or "")
+    if name in {"http", "https", "ws", "wss", "ssh"}:
+        return name
+    if name in {"tls"}:
+        return "https"
+    if line.get("method"):
+        return "https" if line.get("tls.established") == "true" else "http"
+    transport = str(line.get("network.transport") or "tcp")
+    return "https" if line.get("tls.established") == "true" and transport == "tcp" else transport
+
+
+def _host_and_port(line: Mapping[str, Any]) -> tuple[str, int]:
+    text = str(line.get("server.address") or "")
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdecimal() or (":" in host and not host.startswith("[")):
+        host, port = text, ""
+    number = _number(port) or _number(line.get("server.port"))
+    if not number:
+        proto = _proxy_proto(line)
+        number = {"https": 443, "wss": 443, "http": 80, "ws": 80}.get(proto, 0)
+    return host.strip("[]").lower(), number
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or value is None:
+        return 0
+    if isinstance(value, int | float):
+        return int(value)
+    text = str(value)
+    return int(text) if text.isdecimal() else 0
+
+
+def is_address(text: str) -> bool:
+    """
+    Whether a host is an address rather than a name.
+    """
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
