@@ -85,7 +85,7 @@ enum clawker_reason {
 	CLAWKER_R_NAME_ROUTE = 69,
 	CLAWKER_R_CATCH_ALL = 70,
 	CLAWKER_R_LEARN = 71,
-	CLAWKER_R_INBOUND_REPLY = 72,
+	CLAWKER_R_INBOUND_REPLY = 72, /* a connection to a published port, recorded when its SYN came */
 };
 
 enum clawker_hook {
@@ -234,8 +234,9 @@ CLAWKER_ASSERT_SIZE(struct clawker_flow_key, 32);
 #define CLAWKER_NAT 8
 struct clawker_endpoint {
 	__u8 addr[16];
-	__u16 port; /* 0 = unused */
-	__u8 pad[6];
+	__u16 port;  /* 0 = unused */
+	__u8 reason; /* in `asked`: why datagrams there may go, so that only the first is recorded */
+	__u8 pad[5];
 };
 CLAWKER_ASSERT_SIZE(struct clawker_endpoint, 24);
 
@@ -249,18 +250,23 @@ struct clawker_socket {
 	struct clawker_endpoint peer;
 	struct clawker_nat nat[CLAWKER_NAT];
 	__u32 next;
-	__u32 dropped; /* packets dropped by the backstop, for the record's rate */
+	__u32 drops;	   /* bit per denied reason below 32 that was recorded since `drops_ns` */
+	__u64 drops_ns;	   /* the packet backstop records a reason once a second and socket */
 };
-CLAWKER_ASSERT_SIZE(struct clawker_socket, 416);
+CLAWKER_ASSERT_SIZE(struct clawker_socket, 424);
 
-/* error_map: where a helper failed. Append-only. */
+/*
+ * error_map: where a helper failed, by errno: row = site * CLAWKER_ERRNOS + errno (0 = the helper
+ * gives none, 159 = a larger one). Append-only.
+ */
+#define CLAWKER_ERRNOS 160
 enum clawker_site {
-	CLAWKER_S_RING = 0,
-	CLAWKER_S_METRIC = 1,
-	CLAWKER_S_STORAGE = 2,
-	CLAWKER_S_INBOUND_FLOW = 3,
-	CLAWKER_S_STATE = 4,
-	CLAWKER_S_PACKET = 5,
+	CLAWKER_S_RING = 0,	    /* no room for a record: a gap in the agent's sequence */
+	CLAWKER_S_METRIC = 1,	    /* no room for a counter, not even the overflow row */
+	CLAWKER_S_STORAGE = 2,	    /* no memory for a socket's storage: refused `map_full` */
+	CLAWKER_S_INBOUND_FLOW = 3, /* an admitted SYN could not be remembered: dropped */
+	CLAWKER_S_STATE = 4,	    /* no state row, not even that of nobody */
+	CLAWKER_S_PACKET = 5,	    /* unused */
 	CLAWKER_SITES = 8,
 };
 
@@ -271,10 +277,16 @@ struct clawker_state {
 	__u64 window_ns[CLAWKER_BUDGETS];     /* start of the current one-second window */
 	__u64 used[CLAWKER_BUDGETS];	      /* records in the window */
 	__u64 suppressed[CLAWKER_BUDGETS];    /* in all: counted, not recorded */
+	__u64 metric_rows;		      /* rows of metrics_map this agent has made */
+	__u64 uncounted;		      /* decisions no row of metrics_map had room for */
 };
-CLAWKER_ASSERT_SIZE(struct clawker_state, 80);
+CLAWKER_ASSERT_SIZE(struct clawker_state, 96);
 
-/* metrics_map: per-CPU hash, value __u64 decisions. Rows of an agent beyond its quota go to {cgroup, 0, 0, verdict, 0}. */
+/*
+ * metrics_map: per-CPU hash, value __u64 decisions. An agent makes at most CLAWKER_METRIC_ROWS rows;
+ * what would need another is counted in {cgroup, 0, 0, verdict, reason}. Cgroup 0: the not enrolled.
+ */
+#define CLAWKER_METRIC_ROWS 256
 struct clawker_metric_key {
 	__u64 cgroup_id;
 	__u32 identity;
@@ -295,27 +307,33 @@ struct clawker_control {
 };
 CLAWKER_ASSERT_SIZE(struct clawker_control, 32);
 
+/* event.flags */
+enum clawker_event_flag {
+	CLAWKER_EF_NO_DESTINATION = 1u << 0,
+	CLAWKER_EF_V4_MAPPED = 1u << 1, /* an IPv6 socket that named an IPv4 address */
+};
+
 /* Ring buffer record. */
 struct clawker_event {
 	__u64 ktime_ns;
 	__u64 cgroup_id;
 	__u64 sequence; /* of this agent, from 1; a gap is records suppressed or lost */
 	__u64 cookie;	/* socket cookie, 0 = not available */
-	__u8 addr[16];	/* destination as the application gave it */
+	__u8 addr[16];	/* destination as the application gave it; inbound: the remote address */
 	__u32 identity;
 	__u32 policy;
 	__u32 rule; /* index, 0xffffffff = none */
 	__u32 uid;
 	__u32 pid;
-	__u16 port;
-	__u16 proxy_port; /* 0 = not redirected */
+	__u16 port;	  /* of the destination; inbound: the agent's; setsockopt: the option's name */
+	__u16 proxy_port; /* 0 = not redirected; inbound: the remote port; setsockopt: the option's level */
 	__u8 verdict;
 	__u8 reason;
 	__u8 hook;
 	__u8 family;   /* AF_INET, AF_INET6, ... as the application gave it */
 	__u8 protocol; /* IPPROTO_*, 255 = other */
 	__u8 type;     /* SOCK_STREAM 1, SOCK_DGRAM 2, SOCK_RAW 3 */
-	__u8 flags;    /* bit 0: no destination, bit 1: v4-mapped */
+	__u8 flags;    /* enum clawker_event_flag */
 	__u8 pad[5];
 };
 CLAWKER_ASSERT_SIZE(struct clawker_event, 88);

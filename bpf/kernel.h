@@ -16,11 +16,25 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_core_read.h>
 
+/* What every hook returns. */
+enum clawker_return { CLAWKER_REFUSE = 0, CLAWKER_PASS = 1 };
+
 #define AF_INET 2
 #define AF_INET6 10
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
+#define SOL_SOCKET 1
+#define SO_MARK 36
 #define IPPROTO_IP 0
+#define IP_OPTIONS 4
+#define IP_TRANSPARENT 19
+#define IPV6_2292HOPOPTS 3
+#define IPV6_2292PKTOPTIONS 6
+#define IPV6_HOPOPTS 54
+#define IPV6_RTHDRDSTOPTS 55
+#define IPV6_RTHDR 57
+#define IPV6_DSTOPTS 59
+#define IPV6_TRANSPARENT 75
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define IPPROTO_IPV6 41

@@ -99,10 +99,10 @@ struct {
 	__type(value, __u64);
 } metrics_map SEC(".maps");
 
-/* Failures of helpers by site (enum clawker_site). */
+/* Failures of helpers by site and errno (clawker_abi.h). */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, CLAWKER_SITES);
+	__uint(max_entries, CLAWKER_SITES * CLAWKER_ERRNOS);
 	__type(key, __u32);
 	__type(value, __u64);
 } error_map SEC(".maps");

@@ -25,42 +25,80 @@ struct clawker_subject {
 	__u8 type;
 	__u8 flags;
 	__u8 task; /* the current task is the one that asked: uid and pid mean something */
-	__u8 pad[2];
+	__u8 quiet; /* counted and numbered, but not written: an equal record was just written */
+	__u8 pad;
 };
 
-static __always_inline void count_error(__u32 site)
+static __always_inline void count_error(__u32 site, long rc)
 {
-	__u64 *count = bpf_map_lookup_elem(&error_map, &site);
+	__u32 row = site * CLAWKER_ERRNOS + (rc >= 0 ? 0 : rc > -CLAWKER_ERRNOS ? -rc : CLAWKER_ERRNOS - 1);
+	__u64 *count = bpf_map_lookup_elem(&error_map, &row);
 
 	if (count)
-		(*count)++;
+		__sync_fetch_and_add(count, 1);
 }
 
-static __always_inline void count_decision(const struct clawker_subject *s, const struct clawker_want *w,
+/* The agent's running counters; those of nobody for a cgroup without a row of its own. */
+static __always_inline struct clawker_state *state_of(__u64 *cgroup_id)
+{
+	struct clawker_state *state = bpf_map_lookup_elem(&state_map, cgroup_id);
+
+	if (state)
+		return state;
+	*cgroup_id = 0;
+	return bpf_map_lookup_elem(&state_map, cgroup_id);
+}
+
+/* Adds one to a row, making it if there is none. Negative errno when there is no room. */
+static __always_inline long count_in(const struct clawker_metric_key *key, bool *made)
+{
+	__u64 one = 1, *count = bpf_map_lookup_elem(&metrics_map, key);
+	long rc;
+
+	*made = false;
+	if (!count) {
+		rc = bpf_map_update_elem(&metrics_map, key, &one, BPF_NOEXIST);
+		if (!rc) {
+			*made = true;
+			return 0;
+		}
+		/* Another CPU may have made it meanwhile. */
+		count = bpf_map_lookup_elem(&metrics_map, key);
+		if (!count)
+			return rc;
+	}
+	/* Atomic although the value is this CPU's own: a softirq may interrupt. */
+	__sync_fetch_and_add(count, 1);
+	return 0;
+}
+
+static __always_inline void count_decision(struct clawker_state *state, __u64 cgroup_id, __u16 port,
 					   const struct clawker_decision *d)
 {
 	struct clawker_metric_key key = {
-		.cgroup_id = s->cgroup_id,
+		.cgroup_id = cgroup_id,
 		.identity = d->identity,
-		.port_bucket = w->port < CLAWKER_WELL_KNOWN_PORTS || d->proxy_port ? w->port : 0,
+		.port_bucket = port < CLAWKER_WELL_KNOWN_PORTS || d->proxy_port ? port : 0,
 		.verdict = d->verdict,
 		.reason = d->reason,
 	};
-	__u64 one = 1, *count = bpf_map_lookup_elem(&metrics_map, &key);
+	bool made;
+	long rc;
 
-	if (!count) {
-		if (!bpf_map_update_elem(&metrics_map, &key, &one, BPF_NOEXIST))
+	if (bpf_map_lookup_elem(&metrics_map, &key) || state->metric_rows < CLAWKER_METRIC_ROWS) {
+		rc = count_in(&key, &made);
+		if (made)
+			__sync_fetch_and_add(&state->metric_rows, 1);
+		if (!rc)
 			return;
-		key.identity = 0;
-		key.port_bucket = 0;
-		count = bpf_map_lookup_elem(&metrics_map, &key);
-		if (!count) {
-			if (bpf_map_update_elem(&metrics_map, &key, &one, BPF_NOEXIST))
-				count_error(CLAWKER_S_METRIC);
-			return;
-		}
 	}
-	(*count)++;
+	key.identity = 0;
+	key.port_bucket = 0;
+	rc = count_in(&key, &made);
+	if (rc) {
+		__sync_fetch_and_add(&state->uncounted, 1);
+		count_error(CLAWKER_S_METRIC, rc);
+	}
 }
 
 static __always_inline __u32 budget_limit(__u32 budget)
@@ -74,28 +112,17 @@ static __always_inline __u32 budget_limit(__u32 budget)
 	       budget == CLAWKER_B_BYPASS ? CLAWKER_BUDGET_BYPASS : CLAWKER_BUDGET_ALLOW;
 }
 
-/* Takes a sequence number; false when this second's budget for such records is spent. */
-static __always_inline bool take_number(__u64 cgroup_id, __u32 budget, __u64 now, __u64 *sequence)
+/* False when this second's budget for such records is spent. */
+static __always_inline bool within_budget(struct clawker_state *state, __u32 budget, __u64 now_ns)
 {
-	struct clawker_state *state = bpf_map_lookup_elem(&state_map, &cgroup_id);
-	__u64 nobody = 0;
-
-	if (!state)
-		state = bpf_map_lookup_elem(&state_map, &nobody);
-	if (!state || budget >= CLAWKER_BUDGETS) {
-		count_error(CLAWKER_S_STATE);
+	if (budget >= CLAWKER_BUDGETS) /* for the verifier */
 		return false;
-	}
-	*sequence = __sync_fetch_and_add(&state->sequence, 1) + 1;
-	if (now - state->window_ns[budget] > CLAWKER_SECOND_NS) {
+	if (now_ns - state->window_ns[budget] > CLAWKER_SECOND_NS) {
 		/* Two CPUs may both start a window: the budget is a rate limit, not an account. */
-		state->window_ns[budget] = now;
+		state->window_ns[budget] = now_ns;
 		state->used[budget] = 0;
 	}
-	if (__sync_fetch_and_add(&state->used[budget], 1) < budget_limit(budget))
-		return true;
-	__sync_fetch_and_add(&state->suppressed[budget], 1);
-	return false;
+	return __sync_fetch_and_add(&state->used[budget], 1) < budget_limit(budget);
 }
 
 static __always_inline void record(const struct clawker_subject *s, const struct clawker_want *w,
@@ -103,16 +130,25 @@ static __always_inline void record(const struct clawker_subject *s, const struct
 {
 	__u32 budget = d->verdict == CLAWKER_V_DENIED ? CLAWKER_B_DENY :
 		       d->verdict == CLAWKER_V_BYPASSED ? CLAWKER_B_BYPASS : CLAWKER_B_ALLOW;
+	__u64 counted = s->cgroup_id, sequence, ktime_ns;
+	struct clawker_state *state = state_of(&counted);
 	struct clawker_control *now = switches();
 	struct clawker_event *event;
-	__u64 sequence = 0, ktime_ns = bpf_ktime_get_ns();
 
-	count_decision(s, w, d);
-	if (!take_number(s->cgroup_id, budget, ktime_ns, &sequence))
+	if (!state) {
+		count_error(CLAWKER_S_STATE, 0);
 		return;
+	}
+	count_decision(state, counted, w->port, d);
+	ktime_ns = bpf_ktime_get_ns();
+	sequence = __sync_fetch_and_add(&state->sequence, 1) + 1;
+	if (s->quiet || !within_budget(state, budget, ktime_ns)) {
+		__sync_fetch_and_add(&state->suppressed[budget], 1);
+		return;
+	}
 	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 	if (!event) {
-		count_error(CLAWKER_S_RING);
+		count_error(CLAWKER_S_RING, 0);
 		return;
 	}
 	event->ktime_ns = ktime_ns;
@@ -136,6 +172,18 @@ static __always_inline void record(const struct clawker_subject *s, const struct
 	event->flags = s->flags;
 	__builtin_memset(event->pad, 0, sizeof(event->pad));
 	bpf_ringbuf_submit(event, now && now->wakeup ? 0 : BPF_RB_NO_WAKEUP);
+}
+
+/* Counts a decision that needs no record of its own. */
+static __always_inline void count_only(__u64 cgroup_id, const struct clawker_want *w,
+				       const struct clawker_decision *d)
+{
+	struct clawker_state *state = state_of(&cgroup_id);
+
+	if (state)
+		count_decision(state, cgroup_id, w->port, d);
+	else
+		count_error(CLAWKER_S_STATE, 0);
 }
 
 #endif

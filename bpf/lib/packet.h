@@ -17,6 +17,7 @@
 
 struct clawker_packet {
 	struct clawker_want peer; /* the other side */
+	__u8 local[16];		  /* this side */
 	__u16 local_port;
 	__u8 l4;
 	__u8 family;
@@ -49,7 +50,6 @@ struct clawker_ip6 {
 /* Returns CLAWKER_R_NONE, or why the packet cannot be judged. */
 static __always_inline __u8 parse_packet(struct __sk_buff *skb, struct clawker_packet *p, bool outgoing)
 {
-	__u32 *words = (__u32 *)p->peer.addr;
 	__be16 ports[2] = {};
 	__u32 offset;
 
@@ -59,8 +59,8 @@ static __always_inline __u8 parse_packet(struct __sk_buff *skb, struct clawker_p
 		p->family = AF_INET;
 		if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
 			return CLAWKER_R_MALFORMED;
-		words[2] = bpf_htonl(0xffff);
-		words[3] = outgoing ? ip.destination : ip.source;
+		addr_set4(p->peer.addr, outgoing ? ip.destination : ip.source);
+		addr_set4(p->local, outgoing ? ip.source : ip.destination);
 		p->l4 = ip.protocol;
 		if (ip.version_ihl != 0x45)
 			return CLAWKER_R_IP_OPTIONS;
@@ -74,6 +74,7 @@ static __always_inline __u8 parse_packet(struct __sk_buff *skb, struct clawker_p
 		if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
 			return CLAWKER_R_MALFORMED;
 		__builtin_memcpy(p->peer.addr, outgoing ? ip.destination : ip.source, 16);
+		__builtin_memcpy(p->local, outgoing ? ip.source : ip.destination, 16);
 		p->l4 = ip.next;
 		offset = sizeof(ip);
 	} else {
@@ -105,39 +106,54 @@ static __always_inline void flow_key(struct clawker_flow_key *key, __u64 cgroup_
 	key->l4 = p->l4;
 }
 
-/* Part of a connection that an admitted SYN opened (R9). */
-static __always_inline bool is_inbound_reply(__u64 cgroup_id, const struct clawker_packet *p)
-{
-	struct clawker_flow_key key = {};
-
-	if (p->l4 != IPPROTO_TCP)
-		return false;
-	flow_key(&key, cgroup_id, p);
-	return bpf_map_lookup_elem(&inbound_flow, &key) != NULL;
-}
-
-/* A SYN to a published port from who may use it: remembers the connection. */
-static __always_inline bool admit_inbound(const struct clawker_config *cfg, __u64 cgroup_id,
-					  const struct clawker_packet *p)
+/* Whether `inbound_map` lets this remote address connect to this port of the agent. */
+static __always_inline bool may_enter(const struct clawker_config *cfg, __u64 cgroup_id,
+				      const struct clawker_packet *p)
 {
 	struct clawker_inbound_key key = { .cgroup_id = cgroup_id, .port = p->local_port };
-	struct clawker_flow_key flow = {};
-	__u64 now = bpf_ktime_get_coarse_ns();
 	__u32 *from;
 
-	if (!p->opens)
+	if (p->l4 != IPPROTO_TCP)
 		return false;
 	from = bpf_map_lookup_elem(&inbound_map, &key);
 	if (!from)
 		return false;
-	if (*from == CLAWKER_IN_HOST && !addr_equal(p->peer.addr, cfg->host_addr))
+	if (*from == CLAWKER_IN_CP)
+		return addr_equal(p->peer.addr, cfg->cp_addr);
+	/* R16: quarantine closes what the owner published; the control plane still gets in. */
+	if (cfg->flags & CLAWKER_F_QUARANTINE)
 		return false;
-	if (*from == CLAWKER_IN_CP && !addr_equal(p->peer.addr, cfg->cp_addr))
-		return false;
-	if (*from != CLAWKER_IN_HOST && *from != CLAWKER_IN_CP && *from != CLAWKER_IN_ANY)
-		return false;
+	if (*from == CLAWKER_IN_HOST)
+		return addr_equal(p->peer.addr, cfg->host_addr);
+	return *from == CLAWKER_IN_ANY;
+}
+
+enum clawker_entry {
+	CLAWKER_E_NO = 0,
+	CLAWKER_E_NEW,	 /* a SYN that was just admitted: record it */
+	CLAWKER_E_KNOWN, /* part of a connection whose SYN was admitted */
+};
+
+/*
+ * Inbound connections, both directions. A connection is what an admitted ingress SYN created (R9),
+ * for as long as its port stays published: an outgoing SYN never belongs to one.
+ */
+static __always_inline enum clawker_entry inbound(const struct clawker_config *cfg, __u64 cgroup_id,
+						  const struct clawker_packet *p, bool outgoing, long *rc)
+{
+	struct clawker_flow_key flow = {};
+	__u64 now = bpf_ktime_get_coarse_ns();
+
+	*rc = 0;
+	if ((outgoing && p->opens) || !may_enter(cfg, cgroup_id, p))
+		return CLAWKER_E_NO;
 	flow_key(&flow, cgroup_id, p);
-	return bpf_map_update_elem(&inbound_flow, &flow, &now, BPF_ANY) == 0;
+	if (bpf_map_lookup_elem(&inbound_flow, &flow))
+		return CLAWKER_E_KNOWN;
+	if (!p->opens)
+		return CLAWKER_E_NO;
+	*rc = bpf_map_update_elem(&inbound_flow, &flow, &now, BPF_ANY);
+	return *rc ? CLAWKER_E_NO : CLAWKER_E_NEW;
 }
 
 #endif

@@ -3,39 +3,38 @@
  * socket.h - whose socket this is, and what it asked for before it was redirected.
  *
  * The agent is the ancestor of the socket's own cgroup at `clawker_agent_level`; the current
- * task's cgroup would be wrong for a socket that was handed over.
+ * task's cgroup would be wrong for a socket that was handed over. (Containers that cannot be put
+ * below the agents' parent will bring programs of their own, attached to their cgroup and loaded
+ * with that cgroup's level: nothing here changes for them.)
  */
 #ifndef CLAWKER_SOCKET_H
 #define CLAWKER_SOCKET_H
 
-#include "decide.h"
+#include "event.h"
 
 /* 0 = the socket is in the agents' parent itself: no agent, so nothing is enrolled. */
 static __always_inline __u64 agent_of(struct sock *sk)
 {
-	struct cgroup *cgroup, *agent;
-	struct kernfs_node *node;
-	int level;
+	struct cgroup *cgroup = sk->sk_cgrp_data.cgroup, *agent = NULL;
+	int level = cgroup->level;
+	long rc;
 
-	cgroup = BPF_CORE_READ(sk, sk_cgrp_data.cgroup);
-	if (!cgroup)
-		return 0;
-	level = BPF_CORE_READ(cgroup, level);
 	if (level < (int)clawker_agent_level)
 		return 0;
-	if (bpf_probe_read_kernel(&agent, sizeof(agent),
-				  (void *)cgroup + bpf_core_field_offset(cgroup->ancestors) +
-					  clawker_agent_level * sizeof(agent)))
-		return 0;
-	node = BPF_CORE_READ(agent, kn);
-	return BPF_CORE_READ(node, id);
+	if (level == (int)clawker_agent_level)
+		return cgroup->kn->id;
+	/* A cgroup inside the agent's. The verifier follows no pointer out of a flexible array: read it. */
+	rc = bpf_probe_read_kernel(&agent, sizeof(agent),
+				   (void *)cgroup + bpf_core_field_offset(cgroup->ancestors) +
+					   clawker_agent_level * sizeof(agent));
+	return rc ? 0 : BPF_CORE_READ(agent, kn, id);
 }
 
 static __always_inline __u64 agent_of_address(struct bpf_sock_addr *ctx)
 {
 	struct bpf_sock_addr_kern *kern = bpf_cast_to_kern_ctx(ctx);
 
-	return agent_of(BPF_CORE_READ(kern, sk));
+	return agent_of(kern->sk);
 }
 
 static __always_inline __u64 agent_of_sock(struct bpf_sock *ctx)
@@ -47,32 +46,30 @@ static __always_inline __u64 agent_of_option(struct bpf_sockopt *ctx)
 {
 	struct bpf_sockopt_kern *kern = bpf_cast_to_kern_ctx(ctx);
 
-	return agent_of(BPF_CORE_READ(kern, sk));
+	return agent_of(kern->sk);
 }
 
-/*
- * Keep what was asked for. `connected`: the socket gets a peer. False when there is no memory:
- * the flow is then refused rather than redirected without a way back.
- */
-static __always_inline bool remember(struct bpf_sock_addr *ctx, const struct clawker_want *asked, const __u8 *real,
-				     __u16 real_port, bool connected)
-{
-	struct clawker_socket *storage;
-	__u32 slot = CLAWKER_NAT;
+enum clawker_memory {
+	CLAWKER_M_NEW = 0,  /* remembered */
+	CLAWKER_M_KNOWN,    /* the same, for the same reason, was remembered before */
+	CLAWKER_M_FAILED,   /* no memory: refuse rather than redirect without a way back */
+};
 
-	if (!ctx->sk)
-		return false;
-	storage = bpf_sk_storage_get(&flow_map, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!storage)
-		return false;
-	if (connected) {
-		__builtin_memcpy(storage->peer.addr, asked->addr, 16);
-		storage->peer.port = asked->port;
-	}
-	if (asked->l4 != IPPROTO_UDP)
-		return true;
+static __always_inline bool same_endpoint(const struct clawker_endpoint *e, const __u8 *addr, __u16 port)
+{
+	return e->port == port && addr_equal(e->addr, addr);
+}
+
+/* Keeps, per datagram destination, what was asked, so that replies can be given back their source. */
+static __always_inline enum clawker_memory remember_datagram(struct clawker_socket *storage,
+							     const struct clawker_want *asked, const __u8 *real,
+							     __u16 real_port, __u8 reason)
+{
+	__u32 slot = CLAWKER_NAT;
+	struct clawker_nat *nat;
+
 	for (__u32 i = 0; i < CLAWKER_NAT; i++) {
-		if (storage->nat[i].real.port == real_port && addr_equal(storage->nat[i].real.addr, real)) {
+		if (same_endpoint(&storage->nat[i].real, real, real_port)) {
 			slot = i;
 			break;
 		}
@@ -80,22 +77,45 @@ static __always_inline bool remember(struct bpf_sock_addr *ctx, const struct cla
 	if (slot >= CLAWKER_NAT)
 		slot = storage->next++ % CLAWKER_NAT;
 	if (slot >= CLAWKER_NAT) /* for the verifier */
-		return false;
-	__builtin_memcpy(storage->nat[slot].real.addr, real, 16);
-	storage->nat[slot].real.port = real_port;
-	__builtin_memcpy(storage->nat[slot].asked.addr, asked->addr, 16);
-	storage->nat[slot].asked.port = asked->port;
-	return true;
+		return CLAWKER_M_FAILED;
+	nat = &storage->nat[slot];
+	if (same_endpoint(&nat->real, real, real_port) && same_endpoint(&nat->asked, asked->addr, asked->port) &&
+	    nat->asked.reason == reason)
+		return CLAWKER_M_KNOWN;
+	__builtin_memcpy(nat->real.addr, real, 16);
+	nat->real.port = real_port;
+	__builtin_memcpy(nat->asked.addr, asked->addr, 16);
+	nat->asked.port = asked->port;
+	nat->asked.reason = reason;
+	return CLAWKER_M_NEW;
+}
+
+/* Keeps what a redirected connect() asked for (getpeername), and for datagrams the way back. */
+static __always_inline enum clawker_memory remember(struct bpf_sock_addr *ctx, const struct clawker_want *asked,
+						    const __u8 *real, __u16 real_port, __u8 reason, bool connects)
+{
+	struct clawker_socket *storage = NULL;
+
+	if (ctx->sk)
+		storage = bpf_sk_storage_get(&flow_map, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!storage) {
+		count_error(CLAWKER_S_STORAGE, 0);
+		return CLAWKER_M_FAILED;
+	}
+	if (connects) {
+		__builtin_memcpy(storage->peer.addr, asked->addr, 16);
+		storage->peer.port = asked->port;
+	}
+	if (asked->l4 != IPPROTO_UDP)
+		return CLAWKER_M_NEW;
+	return remember_datagram(storage, asked, real, real_port, reason);
 }
 
 /* A connect that was not redirected: an earlier redirect of the same socket no longer speaks for it. */
-static __always_inline void remember_direct(struct bpf_sock_addr *ctx)
+static __always_inline void forget_peer(struct bpf_sock_addr *ctx)
 {
-	struct clawker_socket *storage;
+	struct clawker_socket *storage = ctx->sk ? bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0) : NULL;
 
-	if (!ctx->sk)
-		return;
-	storage = bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0);
 	if (storage)
 		storage->peer.port = 0;
 }
@@ -103,15 +123,12 @@ static __always_inline void remember_direct(struct bpf_sock_addr *ctx)
 static __always_inline bool asked_for(struct bpf_sock_addr *ctx, const struct clawker_want *from,
 				      struct clawker_endpoint *asked)
 {
-	struct clawker_socket *storage;
+	struct clawker_socket *storage = ctx->sk ? bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0) : NULL;
 
-	if (!ctx->sk)
-		return false;
-	storage = bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0);
 	if (!storage)
 		return false;
 	for (int i = 0; i < CLAWKER_NAT; i++) {
-		if (storage->nat[i].real.port == from->port && addr_equal(storage->nat[i].real.addr, from->addr)) {
+		if (same_endpoint(&storage->nat[i].real, from->addr, from->port)) {
 			*asked = storage->nat[i].asked;
 			return asked->port != 0;
 		}
@@ -121,15 +138,40 @@ static __always_inline bool asked_for(struct bpf_sock_addr *ctx, const struct cl
 
 static __always_inline bool peer_of(struct bpf_sock_addr *ctx, struct clawker_endpoint *peer)
 {
-	struct clawker_socket *storage;
+	struct clawker_socket *storage = ctx->sk ? bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0) : NULL;
 
-	if (!ctx->sk)
-		return false;
-	storage = bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0);
 	if (!storage || !storage->peer.port)
 		return false;
 	*peer = storage->peer;
 	return true;
+}
+
+/* Whether a record of this socket's packets being dropped for this reason was written within a second. */
+static __always_inline bool drop_was_recorded(struct __sk_buff *skb, __u8 reason)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct clawker_socket *storage;
+	__u32 bit = 1u << (reason & 31);
+	__u64 now_ns = bpf_ktime_get_coarse_ns();
+
+	if (!sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return false;
+	storage = bpf_sk_storage_get(&flow_map, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!storage) {
+		count_error(CLAWKER_S_STORAGE, 0);
+		return false;
+	}
+	if (now_ns - storage->drops_ns > CLAWKER_SECOND_NS) {
+		storage->drops_ns = now_ns;
+		storage->drops = 0;
+	}
+	if (storage->drops & bit)
+		return true;
+	storage->drops |= bit;
+	return false;
 }
 
 #endif
