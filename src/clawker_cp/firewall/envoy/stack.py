@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,8 @@ import structlog
 from clawker_cp.errors import ClawkerError, DeadlineExceeded, Unavailable
 from clawker_cp.firewall.envoy.admin import EnvoyAdmin
 from clawker_cp.firewall.envoy.files import ConfigDirectory, replace_file, writing_order
-from clawker_cp.firewall.envoy.options import EnvoyOptions
+from clawker_cp.firewall.envoy.judging import static_configuration
+from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary
 from clawker_cp.firewall.envoy.resources import CDS, LDS, ConfigFile, Resources, bootstrap, build_resources
 from clawker_cp.firewall.inspection import Leaf
 from clawker_cp.firewall.plan import Plan
@@ -31,6 +32,7 @@ log = structlog.get_logger()
 START_LIMIT_S = 20.0
 ACKNOWLEDGE_LIMIT_S = 10.0
 FIRST_ADDRESS_LIMIT_S = 3.0
+VALIDATE_LIMIT_S = 20.0
 RESTART_MIN_S, RESTART_MAX_S = 0.5, 10.0
 STEADY_S = 60.0
 POLL_MIN_S, POLL_MAX_S = 0.002, 0.05
@@ -78,10 +80,18 @@ class EnvoyStack:
     `restarts` counts unexpected ends since the start.
     """
 
-    def __init__(self, options: EnvoyOptions, process: LastingProcessLike, certificates: Certificates) -> None:
+    def __init__(
+        self,
+        options: EnvoyOptions,
+        process: LastingProcessLike,
+        certificates: Certificates,
+        *,
+        binary: Path | str = "",
+    ) -> None:
         self._options = options
         self._process = process
         self._certificates = certificates
+        self._binary = binary
         self._admin = EnvoyAdmin(options.admin_socket)
         self._files = ConfigDirectory(options.directory, 0)
         self._resources: Resources | None = None
@@ -171,6 +181,46 @@ class EnvoyStack:
         if count and self._plan is not None:
             await asyncio.to_thread(self._certificates.sweep, self._plan)
         return count
+
+    async def validate(self, plan: Plan) -> None:
+        """
+        Let an Envoy that serves nothing judge a plan; for when the stack is stopped (R19).
+
+        Raises `ClawkerError` `RULE_INVALID` with its words.
+        """
+        resources = await asyncio.to_thread(self._build, plan)
+        text = await asyncio.to_thread(static_configuration, resources, self._options)
+        self._options.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        path = self._options.directory / ".clawker-validate.json"
+        replace_file(path, text, 0o600)
+        process = await asyncio.create_subprocess_exec(
+            str(self._binary or find_binary()), "--mode", "validate", "-c", str(path), "-l", "error",
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(VALIDATE_LIMIT_S):
+                output, _ = await process.communicate()
+        except TimeoutError as error:
+            raise DeadlineExceeded("Envoy did not finish judging the change", code="STACK_UNHEALTHY") from error
+        finally:
+            path.unlink(missing_ok=True)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            words = output.decode("utf-8", "replace").strip().splitlines()
+            raise ClawkerError(f"Envoy refused the change: {words[-1] if words else ''}", code="RULE_INVALID")
+
+    async def busy(self, destinations: Collection[str]) -> set[str]:
+        """Return those unread destinations that have connections now."""
+        stems = self._resources.stems if self._resources else {}
+        now = await self._admin.statistics(r"^cluster[.](?:tcp|udp)_.*[.]upstream_cx_active$")
+        active = {name.split(".")[1] for name, value in now.items() if int(value)}
+        return {
+            dst
+            for dst in destinations
+            if dst in stems and any(name.partition("_")[2].rpartition("_")[0] == stems[dst] for name in active)
+        }
 
     async def supervise(self) -> None:
         """
