@@ -236,6 +236,11 @@ class World:
         await self._remove()
 
     @property
+    def dns(self) -> str:
+        """The address of its name server."""
+        return names.DNS_SERVER
+
+    @property
     def ca(self) -> Path:
         return self.directory / "ca.pem"
 

@@ -22,14 +22,14 @@ DATABASE = "203.0.113.30"
 DATAGRAMS = "203.0.113.31"
 EVIL = "203.0.113.66"
 
-HTTP_PORTS = (80, 8080)
-HTTPS_PORTS = (443, 8443)
+HTTP_PORTS = (80, 8080, 9080)
+HTTPS_PORTS = (443, 8443, 9443)
 SSH_PORT = 22
 DNS_PORT = 53
 # Every address of the world answers on each of these: a connection that a test expects to be
 # refused would have worked had nothing refused it.
-TCP_ECHO_PORTS = (25, 853, 5432, 6379, 9000)
-UDP_ECHO_PORTS = (123, 443, 4500, 9001)
+TCP_ECHO_PORTS = (25, 853, 2222, 5432, 6379, 9000)
+UDP_ECHO_PORTS = (123, 443, 4500, 5000, 9001)
 
 # One line of the control socket: a whole log.
 CONTROL_LINE_BYTES = 1 << 26
@@ -41,6 +41,9 @@ ZONE: Zone = {
     "api.example.com": {"A": [API], "AAAA": ["2001:db8::10"], "TXT": ['"a text"'], "MX": ["10 www.example.com."]},
     "www.example.com": {"A": [WWW], "AAAA": ["2001:db8::11"], "HTTPS": ["1 . alpn=h2,h3 ipv4hint=198.51.100.11"]},
     "hidden.example.com": {"A": [WWW], "HTTPS": ['1 . alpn=h2 ech="AAT+DQAA"']},
+    "a.wild.example.com": {"A": [WILDCARD]},
+    "b.wild.example.com": {"A": [WILDCARD]},
+    "big.example.com": {"A": [API]},
     "cdn.example.com": {"CNAME": ["edge.example.net."]},
     "edge.example.net": {"A": ["198.51.100.15"]},
     "*.example.net": {"A": [WILDCARD], "AAAA": ["2001:db8::12"]},
@@ -48,6 +51,7 @@ ZONE: Zone = {
     "two.shared.example.com": {"A": [SHARED]},
     "git.example.org": {"A": [GIT]},
     "db.example.com": {"A": [DATABASE]},
+    "db.example.org": {"A": [DATABASE]},
     "udp.example.com": {"A": [DATAGRAMS]},
     "evil.example.org": {"A": [EVIL]},
     "only6.example.com": {"AAAA": ["2001:db8::6"]},
