@@ -9,9 +9,9 @@ module owns the order and undoing half a start.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
@@ -47,7 +47,7 @@ class SandboxEngine(Protocol):
 class PolicyControl(Protocol):
     """Where rules that live as long as a sandbox are put; returns when they are enforced."""
 
-    async def put_ephemeral(self, key: str, rules: Sequence[Mapping[str, Any]], *, learn: bool) -> int: ...
+    async def put_ephemeral(self, key: str, rules: str, *, learn: bool) -> int: ...
     async def drop_ephemeral(self, key: str) -> None: ...
 
 
@@ -61,18 +61,17 @@ class Enforcement(Protocol):
 @dataclass(frozen=True, slots=True)
 class LifeRequest:
     """
-    What a client asks for: the engine's spec, and rules that live as long as the sandbox.
+    What a client asks for: the engine's spec, and a rules document that lives as long as the sandbox.
     """
 
     spec: Any
-    rules: Sequence[Mapping[str, Any]]
+    rules: str
     learn: bool = False
 
 
 @dataclass(slots=True)
 class _Life:
     agent: EnrolledAgent
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class SandboxLives:
@@ -91,6 +90,7 @@ class SandboxLives:
         self._enforcement = enforcement
         self._roster = roster
         self._lives: dict[str, _Life] = {}
+        self._ending: dict[str, asyncio.Event] = {}
 
     def __len__(self) -> int:
         return len(self._lives)
@@ -191,11 +191,15 @@ class SandboxLives:
             await self._end(life.agent, grace_s=grace_s)
 
     async def _end(self, agent: EnrolledAgent, *, grace_s: float = 0.0) -> None:
+        if agent.id in self._ending:
+            await self._ending[agent.id].wait()
+            return
+        done = self._ending[agent.id] = asyncio.Event()
         # Death first, then the kernel row, then the rules: never a moment in which a living
         # process has less of a policy than before.
         for step in (
             lambda: self._engine.remove(agent.id, force=True, grace_s=grace_s),
-            lambda: self._enforcement.withdraw(agent),
+            lambda: self._withdraw(agent),
             lambda: self._policy.drop_ephemeral(agent.key),
         ):
             try:
@@ -203,11 +207,14 @@ class SandboxLives:
                     await step()
             except (ClawkerError, OSError, TimeoutError) as error:
                 log.warning("agents_end_step_failed", id=agent.id, error=str(error))
-        self._roster.remove(agent.id)
-        life = self._lives.pop(agent.id, None)
-        if life is not None:
-            life.ended.set()
+        self._lives.pop(agent.id, None)
+        del self._ending[agent.id]
+        done.set()
         log.info("agents_withdrawn", id=agent.id, agent=agent.key)
+
+    async def _withdraw(self, agent: EnrolledAgent) -> None:
+        self._roster.remove(agent.id)
+        await self._enforcement.withdraw(agent)
 
     def _known(self, sandbox_id: str) -> _Life:
         life = self._lives.get(sandbox_id)

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from clawker_cp.cli.joining import join_server
 from clawker_cp.cli.terminal import TerminalBridge, is_interactive, terminal_bridge
 from clawker_cp.config import Directories
 from clawker_cp.errors import ClawkerError, InvalidInput, Unavailable
-from clawker_cp.firewall.rules import rule_to_mapping
-from clawker_cp.firewall.shorthand import parse_rule_shorthand
-from clawker_cp.firewall.store import read_rules_file
+from clawker_cp.firewall.documents import emit_rules, read_rules_file
+from clawker_cp.firewall.rules import Rule
+from clawker_cp.firewall.shorthand import parse_shorthands
 from clawker_cp.rpc.local_protocol import LocalChannel
+from clawker_cp.runtime.runner import run_main
 
 OWN_FAILURE = 125  # ruling R40
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -79,29 +80,21 @@ def build_request(options: Mapping[str, Any], environ: Mapping[str, str]) -> dic
     }
 
 
-def collect_rules(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+def collect_rules(options: Mapping[str, Any]) -> str:
     """
-    The rules of `--allow`, `--deny` and `--rules` as mappings of contract 7.1, in that order.
+    The rules of `--allow`, `--deny` and `--rules` as one YAML document of contract 7.1.
     """
-    rules: list[dict[str, Any]] = []
-    for option in ("allow", "deny"):
-        for text in options[option]:
-            try:
-                rules.append(dict(rule_to_mapping(parse_rule_shorthand(text, option))))
-            except InvalidInput as error:
-                raise InvalidInput(f"--{option} {text!r}: {error}", hint=error.hint) from error
+    rules = list(parse_shorthands(options["allow"], options["deny"]))
     for name in options["rules"]:
-        rules.extend(dict(rule_to_mapping(rule)) for rule in read_rules_file(Path(name)))
+        rules.extend(read_rules_file(Path(name)))
     if options["passthrough"]:
-        for rule in rules:
-            plain = not (rule.get("path_rules") or rule.get("path_default") or rule.get("insecure_skip_tls_verify"))
-            if rule.get("proto") == "https" and rule.get("action") != "deny" and plain and not _is_address(rule["dst"]):
-                rule.setdefault("tls", "passthrough")
-    return rules
+        rules = [replace(rule, tls="passthrough") if _may_pass(rule) else rule for rule in rules]
+    return emit_rules(rules)
 
 
-def _is_address(dst: str) -> bool:
-    return dst.replace(".", "").replace("/", "").isdecimal() or ":" in dst
+def _may_pass(rule: Rule) -> bool:
+    reads = rule.path_rules or rule.path_default or rule.insecure_skip_tls_verify
+    return rule.proto == "https" and not rule.is_deny and not reads and rule.tls == "auto"
 
 
 class RunClient:

@@ -207,6 +207,12 @@ class Manager:
         """
         self._change(cgroup_id, bypass_until_ns=until_ns)
 
+    def set_policy(self, cgroup_id: int, policy: int) -> None:
+        """
+        Put an enrolled agent under another policy number.
+        """
+        self._change(cgroup_id, policy=policy)
+
     def quarantine(self, cgroup_id: int, *, on: bool) -> None:
         """
         Leave an agent only its loopback, the gate and the control plane, or end that.

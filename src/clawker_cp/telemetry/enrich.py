@@ -199,14 +199,14 @@ def from_proxy(line: Mapping[str, Any], who: Who | None) -> Flow:
 
 def _proxy_proto(line: Mapping[str, Any]) -> str:
     name = str(line.get("network.protocol.name") or "")
-    if name in {"http", "https", "ws", "wss", "ssh"}:
-        return name
-    if name in {"tls"}:
+    if name == "tls":
         return "https"
-    if line.get("method"):
-        return "https" if line.get("tls.established") == "true" else "http"
-    transport = str(line.get("network.transport") or "tcp")
-    return "https" if line.get("tls.established") == "true" and transport == "tcp" else transport
+    if name == "http":
+        secure = line.get("tls.established") == "true"
+        if line.get("upgrade"):
+            return "wss" if secure else "ws"
+        return "https" if secure else "http"
+    return str(line.get("network.transport") or "tcp")
 
 
 def _host_and_port(line: Mapping[str, Any]) -> tuple[str, int]:

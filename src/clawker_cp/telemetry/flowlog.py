@@ -73,6 +73,7 @@ class FlowLog:
 
     def __init__(self, path: Path, *, memory: int = 65536) -> None:
         self._path = path
+        self.memory_limit = memory
         self._memory: deque[Flow] = deque(maxlen=memory)
         self._pending: deque[Flow] = deque()
         self._subscriptions: set[Subscription] = set()

@@ -29,11 +29,14 @@ async def run(*command: str, text: str = "", check: bool = True) -> str:
             hint=f"apt-get install {package}",
         )
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        *command,
+        stdin=asyncio.subprocess.PIPE if text else asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     try:
         async with asyncio.timeout(LIMIT_S):
-            output, errors = await process.communicate(text.encode())
+            output, errors = await process.communicate(text.encode() or None)
     except TimeoutError as error:
         process.kill()
         raise DeadlineExceeded(f"{command[0]} did not end within {LIMIT_S:.0f} s") from error

@@ -1,0 +1,223 @@
+"""
+From kernel ring, gate and proxy log into flow records, and what a client of `run` is shown.
+
+Fulfils `dns.ports.Records` and `rpc.local_server.Reports`. Never blocks and never raises into
+what it observes (I12).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from clawker_cp.agents.roster import Roster
+from clawker_cp.dns.ports import DnsRecord
+from clawker_cp.ebpf import Manager
+from clawker_cp.errors import ClawkerError
+from clawker_cp.firewall.documents import emit_rules
+from clawker_cp.firewall.rules import Rule, normalise
+from clawker_cp.firewall.shorthand import shorthand_for
+from clawker_cp.telemetry import enrich
+from clawker_cp.telemetry.connections import Connections
+from clawker_cp.telemetry.flowlog import FlowLog
+from clawker_cp.telemetry.flows import DENIED, DNS, Flow
+from clawker_cp.telemetry.summary import Destination, Summary, learned
+
+DRAIN_RECORDS = 4096
+POLL_S = 0.01
+NAMES_PER_AGENT = 4096
+ENDINGS_KEPT = 256
+SETTLE_S = 0.25
+
+
+class Reports:
+    """
+    One per server. `exit_code` looks up how a sandbox ended.
+    """
+
+    def __init__(
+        self,
+        flows: FlowLog,
+        roster: Roster,
+        connections: Connections,
+        manager: Manager,
+        rule_ids: Callable[[], tuple[str, ...]],
+        exit_code: Callable[[str], int | None],
+    ) -> None:
+        self._flows = flows
+        self._roster = roster
+        self._connections = connections
+        self._manager = manager
+        self._rule_ids = rule_ids
+        self._exit_code = exit_code
+        self._names: dict[int, OrderedDict[str, str]] = {}
+        self._sequences: dict[int, int] = {}
+        self._summaries: dict[str, Summary] = {}
+        self._learned: dict[str, list[Flow]] = {}
+        self._endings: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    # -- sources ------------------------------------------------------------------------------
+
+    def dns(self, record: DnsRecord) -> None:
+        """
+        Take one record of the gate.
+        """
+        if not record.cgroup_id:
+            return
+        names = self._names.setdefault(record.cgroup_id, OrderedDict())
+        for answer in record.answers:
+            names[enrich.address_text(answer)] = record.name.rstrip(".")
+        while len(names) > NAMES_PER_AGENT:
+            names.popitem(last=False)
+        # An AAAA question of an allowed name is answered empty; that is no decision to show.
+        self._take([enrich.from_dns(record, self._roster.by_cgroup(record.cgroup_id))])
+
+    def proxy(self, lines: list[dict[str, Any]]) -> None:
+        """
+        Take lines of the proxy's access log.
+        """
+        flows = []
+        for line in lines:
+            remote = str(line.get("downstream_remote") or "")
+            agent = self._roster.by_address(remote.rpartition(":")[0])
+            flow = enrich.from_proxy(line, agent)
+            begins = Connections.begins(line)
+            if flow.verdict != DENIED:
+                self._connections.see(
+                    remote,
+                    "",
+                    flow.host,
+                    flow.port,
+                    tls=flow.proto in {"https", "wss"},
+                    ends=not begins and not flow.method,
+                )
+            if agent is not None and (begins != (flow.verdict == DENIED) or flow.status >= 400):
+                flows.append(flow)
+        self._take(flows)
+
+    async def poll_kernel(self) -> None:
+        """
+        Drain the event ring until cancelled, a bounded number of records at a time.
+        """
+        while True:
+            if self.drain_kernel() < DRAIN_RECORDS:
+                await asyncio.sleep(POLL_S)
+            else:
+                await asyncio.sleep(0)
+
+    def drain_kernel(self) -> int:
+        """
+        Take what waits in the ring; returns how many records.
+        """
+        events = self._manager.drain_events(DRAIN_RECORDS)
+        if not events:
+            return 0
+        offset, rule_ids = enrich.monotonic_offset_ns(), self._rule_ids()
+        flows = []
+        for event in events:
+            last = self._sequences.get(event.cgroup_id, event.sequence - 1)
+            self._sequences[event.cgroup_id] = event.sequence
+            flows.append(
+                enrich.from_kernel(
+                    event,
+                    self._roster.by_cgroup(event.cgroup_id),
+                    offset_ns=offset,
+                    rule_ids=rule_ids,
+                    name_of=self._name_of,
+                    lost_before=max(0, event.sequence - last - 1),
+                )
+            )
+        self._take(flows)
+        return len(events)
+
+    def _name_of(self, cgroup_id: int, address: str) -> str:
+        names = self._names.get(cgroup_id)
+        return names.get(address, "") if names else ""
+
+    def _take(self, flows: list[Flow]) -> None:
+        self._flows.add(flows)
+        for flow in flows:
+            if not flow.container_id or (flow.layer == DNS and flow.verdict != DENIED):
+                continue
+            self._summaries.setdefault(flow.container_id, Summary()).add([flow])
+            agent = self._roster.by_id(flow.container_id)
+            if agent is not None and agent.learn:
+                kept = self._learned.setdefault(flow.container_id, [])
+                if len(kept) < self._flows.memory_limit:
+                    kept.append(flow)
+
+    # -- what clients see ---------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def watch(self, sandbox_id: str) -> AsyncIterator[AsyncIterator[Mapping[str, Any]]]:
+        """
+        Follow the records of one sandbox, beginning with those already taken.
+        """
+        async with self._flows.subscribe(sandbox_id) as subscription:
+            earlier = self._flows.recent(sandbox_id)
+
+            async def follow() -> AsyncIterator[Mapping[str, Any]]:
+                for flow in earlier:
+                    yield flow.as_mapping()
+                while True:
+                    for flow in await subscription.next_batch():
+                        yield flow.as_mapping()
+
+            yield follow()
+
+    async def settle(self, sandbox_id: str) -> None:
+        """
+        Wait until the records of a command that just ended have come in, at most a moment.
+        """
+        until = time.monotonic() + SETTLE_S
+        seen = -1
+        while time.monotonic() < until:
+            self.drain_kernel()
+            now = self._flows.taken
+            if now == seen:
+                break
+            seen = now
+            await asyncio.sleep(0.12)
+
+    def ending(self, sandbox_id: str) -> Mapping[str, Any]:
+        """
+        What is told at the end: exit code, summary lines, learned rules; kept for late comers.
+        """
+        known = self._endings.get(sandbox_id)
+        if known is not None:
+            return known
+        code = self._exit_code(sandbox_id)
+        if code is None:
+            return {}
+        summary = self._summaries.pop(sandbox_id, Summary())
+        ending: dict[str, Any] = {"code": code, "summary": summary.lines(allow_option)}
+        ending["allowed"] = sum(summary.allowed.values())
+        ending["denied"] = sum(summary.denied.values())
+        flows = self._learned.pop(sandbox_id, None)
+        if flows is not None:
+            rules = [normalise(Rule(d.host, d.proto, str(d.port) if d.port else "")) for d in learned(flows)]
+            ending["learned_rules"] = emit_rules(rules)
+        self._endings[sandbox_id] = ending
+        while len(self._endings) > ENDINGS_KEPT:
+            self._endings.popitem(last=False)
+        return ending
+
+
+def allow_option(target: Destination) -> str:
+    """
+    The option of `run` that would have allowed a refused destination, "" when none would.
+    """
+    if not target.host or target.proto not in {"https", "http", "ws", "wss", "tcp", "udp", "ssh"}:
+        return ""
+    proto = {("tcp", 443): "https", ("tcp", 80): "http", ("tcp", 22): "ssh"}.get((target.proto, target.port), target.proto)
+    if not target.port and proto in {"tcp", "udp"}:
+        return ""
+    try:
+        text = shorthand_for(target.host, proto, target.port, target.path, target.method)
+    except (ClawkerError, ValueError):
+        return ""
+    return f"--allow '{text}'"
