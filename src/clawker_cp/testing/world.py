@@ -1,9 +1,9 @@
 """
 The outside world and a machine in front of it, for tests, benchmarks and the tour.
 
-`HostNamespace` plays the machine: network, mounts, cgroups and bpffs of its own, so that nothing
-of it touches this one. `World` plays the Internet: real DNS, HTTP, TLS, TCP, UDP and SSH servers on
-addresses that documents use. Both vanish with the process that made them, however it ends.
+`HostNamespace` plays the machine: network, mounts and bpffs of its own and cgroups of its own
+name, so that nothing of it touches this one. `World` plays the Internet: real DNS, HTTP, TLS, TCP,
+UDP and SSH servers on addresses that documents use. Both vanish with the process that made them.
 
     async with HostNamespace() as host, World(host) as world:
         done = await host.run(["curl", "-s", "http://api.example.com/x"])
@@ -36,15 +36,13 @@ START_S = 30.0
 STOP_S = 10.0
 _DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
-# $1 the cgroup2 mount point, $2 the resolv.conf to show
+# $1 the resolv.conf to show
 _HOLD = """
 set -e
 resolv=$(readlink -f /etc/resolv.conf)
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p "$(dirname "$resolv")"; [ -e "$resolv" ] || : > "$resolv"
-mount --bind "$2" "$resolv"
-umount -l "$1"; mount -t cgroup2 cgroup2 "$1"
-mkdir -p "$1/machine"; echo $$ > "$1/machine/cgroup.procs"
+mount --bind "$1" "$resolv"
 mkdir -p /sys/fs/bpf; mount -t bpf bpf /sys/fs/bpf
 ip link set lo up
 ip route add unreachable default metric 4278198272
@@ -53,7 +51,7 @@ echo 1 > /proc/sys/net/ipv4/ip_forward
 echo ready
 exec sleep infinity
 """
-_ENTER = 'echo $$ > "$1"; pid=$2; wd=$3; shift 3; exec nsenter -t "$pid" -n -m -C --wdns="$wd" -- "$@"'
+_ENTER = 'echo $$ > "$1"; pid=$2; wd=$3; shift 3; exec nsenter -t "$pid" -n -m --wdns="$wd" -- "$@"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +74,13 @@ def cgroup2_mount() -> Path:
     raise RuntimeError("no cgroup2 is mounted on this machine")
 
 
+def _populated(cgroup: Path) -> bool:
+    try:
+        return "populated 1" in (cgroup / "cgroup.events").read_text()
+    except OSError:
+        return False
+
+
 def new_prefix() -> str:
     """
     A name that no other test uses.
@@ -85,10 +90,11 @@ def new_prefix() -> str:
 
 class HostNamespace:
     """
-    A machine of the test's own: fresh network namespace, private /run, bpffs and cgroup2, no route out.
+    A machine of the test's own: fresh network namespace, private /run and bpffs, no route out.
 
-    Its cgroup namespace shows `cgroup` as the root of cgroup2 to what runs inside, at the usual mount
-    point. Leaving the context kills every process in that cgroup and removes it. Use `run` and `popen`.
+    cgroup2 is the machine's: BPF programs count depth from its real root, which a cgroup namespace hides.
+    What is started here lives in `cgroup`, sandboxes of `environment` in `agents`; leaving the context
+    kills every process in both and removes them. Use `run` and `popen`.
     """
 
     def __init__(self, prefix: str | None = None) -> None:
@@ -96,12 +102,14 @@ class HostNamespace:
         self.directory = Path()
         self.mount = Path()
         self.cgroup = Path()
+        self.agents = Path()
         self.pid = 0
         self._holder: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
         self.mount = cgroup2_mount()
         self.cgroup = self.mount / self.prefix
+        self.agents = self.mount / f"{self.prefix}-agents"
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-host-"))
         # The owner of a test's working directories has to reach them as an ordinary user as well.
         self.directory.chmod(0o755)
@@ -111,8 +119,8 @@ class HostNamespace:
             resolv.write_text(f"nameserver {names.DNS_SERVER}\n")
             enter = 'echo $$ > "$1/cgroup.procs"; shift; exec "$@"'
             argv = ["sh", "-c", enter, "enter", str(self.cgroup), *_DIE_WITH_US]
-            argv += ["unshare", "--net", "--mount", "--cgroup", "--propagation", "private"]
-            argv += ["sh", "-c", _HOLD, "hold", str(self.mount), str(resolv)]
+            argv += ["unshare", "--net", "--mount", "--propagation", "private"]
+            argv += ["sh", "-c", _HOLD, "hold", str(resolv)]
             self._holder = await _start(argv)
             self.pid = self._holder.pid
         except BaseException:
@@ -135,6 +143,7 @@ class HostNamespace:
         Variables under which `clawker-cp` keeps its files in this machine's directory and asks the world's DNS.
         """
         made = {f"CLAWKER_{kind}_DIR": str(self.directory / kind.lower()) for kind in _KINDS}
+        made["CLAWKER_CP_HOST__CGROUP_PARENT"] = self.agents.name
         made["CLAWKER_CP_DNS__FORWARDERS"] = names.DNS_SERVER
         if world is not None:
             made["CLAWKER_CP_ENVOY__TRUSTED_CA"] = str(world.ca)
@@ -142,7 +151,7 @@ class HostNamespace:
 
     def command(self, argv: Sequence[str], cwd: str = "/") -> list[str]:
         """The argument list that runs `argv` inside; for callers that start processes themselves."""
-        procs = str(self.cgroup / "machine" / "cgroup.procs")
+        procs = str(self.cgroup / "cgroup.procs")
         return ["sh", "-c", _ENTER, "enter", procs, str(self.pid), cwd, *argv]
 
     def popen(self, argv: Sequence[str], *, cwd: str = "/", **options: Any) -> subprocess.Popen[Any]:
@@ -180,16 +189,19 @@ class HostNamespace:
         return Finished(process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace"))
 
     async def _remove(self) -> None:
-        with contextlib.suppress(OSError):
-            (self.cgroup / "cgroup.kill").write_text("1")
+        for cgroup in (self.agents, self.cgroup):
+            with contextlib.suppress(OSError):
+                (cgroup / "cgroup.kill").write_text("1")
         if self._holder is not None:
             await _end(self._holder)
-        async with asyncio.timeout(STOP_S):
-            while self.cgroup.exists() and "populated 1" in (self.cgroup / "cgroup.events").read_text():
-                await asyncio.sleep(0.005)
-        for directory, _, _ in os.walk(self.cgroup, topdown=False):
-            Path(directory).rmdir()
+        for cgroup in (self.agents, self.cgroup):
+            async with asyncio.timeout(STOP_S):
+                while _populated(cgroup):
+                    await asyncio.sleep(0.005)
+            for directory, _, _ in os.walk(cgroup, topdown=False):
+                Path(directory).rmdir()
         shutil.rmtree(self.directory, ignore_errors=True)
+
 
 
 _KINDS = ("CONFIG", "DATA", "STATE", "CACHE")
