@@ -44,6 +44,7 @@ cdef extern from "bpf_shim.h" nogil:
     int shim_ring_fd(const shim_ring *ring)
     int shim_ring_drain(shim_ring *ring, abi.clawker_event *into, size_t room)
     void shim_ring_close(shim_ring *ring)
+    int shim_run(int program_fd, void *context, uint32_t size, uint32_t *answer)
 
 ABI_VERSION = abi.CLAWKER_ABI_VERSION
 SPANS = abi.CLAWKER_SPANS
@@ -284,6 +285,18 @@ def pin(int fd, str path) -> None:
 def open_pinned(str path) -> int:
     cdef bytes c_path = os.fsencode(path)
     return check(shim_get(c_path), f"open {path}")
+
+
+def run_program(int program_fd, bytes context) -> int:
+    """Run a `syscall` program once on a copy of `context`; its return value as an unsigned number."""
+    cdef bytearray copy = bytearray(context)
+    cdef char *data = copy
+    cdef uint32_t size = len(context), answer = 0
+    cdef int rc
+    with nogil:
+        rc = shim_run(program_fd, data, size, &answer)
+    check(rc, "run a program")
+    return answer
 
 
 def possible_cpus() -> int:

@@ -104,7 +104,10 @@ class Manager:
         Raises `Unsupported` with the verifier's first line when the kernel refuses.
         """
         self._prepare_pin_dir()
-        parent_level = _level(parent_cgroup)
+        try:
+            parent_level = _level(parent_cgroup)
+        except OSError as error:
+            raise self._unsupported(error) from error
         adopted = (self._pin_dir / "control").exists()
         replaced = False
         try:
@@ -527,13 +530,18 @@ def populated(parent: Path) -> list[Path]:
 
 
 def _level(cgroup: Path) -> int:
-    """Depth of a cgroup below the root of its hierarchy: the root is 0."""
-    level = 0
-    current = cgroup.resolve()
-    while (current.parent / "cgroup.procs").exists():
-        current = current.parent
-        level += 1
-    return level
+    """
+    Depth of a cgroup below the real root, which a cgroup namespace may hide: the kernel is asked.
+    """
+    path = files("clawker_cp") / "_bpf" / "level.bpf.o"
+    probe = bpfmap.BpfObject.load(str(path), pin_dir=None, agent_level=0, max_agents=1)
+    try:
+        answer = bpfmap.run_program(probe.program_fd("clawker_level"), _u64(cgroup.stat().st_ino))
+    finally:
+        probe.close()
+    if answer == 0xFFFFFFFF:
+        raise Unavailable(f"the kernel does not know the cgroup {cgroup}")
+    return answer
 
 
 def _u64(value: int) -> bytes:
