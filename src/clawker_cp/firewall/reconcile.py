@@ -23,7 +23,7 @@ from clawker_cp.firewall.action_queue import ActionQueue
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.allocations import EMPTY, Allocations
 from clawker_cp.firewall.compile import Compiled, compile_plan
-from clawker_cp.firewall.documents import read_item
+from clawker_cp.firewall.documents import read_item, read_rules
 from clawker_cp.firewall.ephemeral import EphemeralRules
 from clawker_cp.firewall.plan import (
     MAX_CONCRETE_NAMES,
@@ -286,12 +286,14 @@ class Reconciler:
         applied: Applied = await self._queue.submit(work)
         return applied
 
-    async def put_ephemeral(self, key: str, rules: Sequence[Rule | Mapping[str, Any]], *, learn: bool = False) -> int:
+    async def put_ephemeral(
+        self, key: str, rules: str | Sequence[Rule | Mapping[str, Any]], *, learn: bool = False
+    ) -> int:
         """
         Make an agent known, with rules that live as long as it (R26); returns its policy number.
 
-        `rules` may be items of contract 7.1; whatever scope they name, they hold for this agent
-        only. Raises `RuleInvalid` with every problem; then nothing changed.
+        `rules` are a YAML document, or items of contract 7.1; whatever scope they name, they hold
+        for this agent only. Raises `RuleInvalid` with every problem; then nothing changed.
         """
         made = _read(rules, key)
 
@@ -570,8 +572,10 @@ class Reconciler:
             await self._apply(replace(self._wanted, concrete=concrete))
 
 
-def _read(rules: Sequence[Rule | Mapping[str, Any]], scope: str) -> list[Rule]:
+def _read(rules: str | Sequence[Rule | Mapping[str, Any]], scope: str) -> list[Rule]:
     """Read items, put them into a scope, validate; raises `RuleInvalid` with every problem."""
+    if isinstance(rules, str):
+        rules = read_rules(rules, scope=scope)
     problems: list[Problem] = []
     made: list[Rule] = []
     for index, item in enumerate(rules):

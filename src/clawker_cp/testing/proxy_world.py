@@ -25,7 +25,7 @@ import trustme
 
 from clawker_cp.firewall.compile import Compiled
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary
-from clawker_cp.firewall.envoy.stack import ENVOY_ENVIRONMENT, EnvoyStack, envoy_command
+from clawker_cp.firewall.envoy.stack import EnvoyStack, envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.firewall.rules import Rule
 from clawker_cp.processes.lasting import LastingProcess
@@ -130,7 +130,6 @@ class ProxyWorld:
             envoy_command(find_binary(), self.options),
             self.directory / "envoy.pid",
             self.options.log,
-            ENVOY_ENVIRONMENT,
         )
         return EnvoyStack(self.options, process, self.authority)
 

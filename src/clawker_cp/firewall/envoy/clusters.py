@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clawker_cp.firewall.envoy.options import EnvoyOptions
+from clawker_cp.firewall.envoy.routes import is_here
 from clawker_cp.firewall.plan import TCP, OpaqueTarget, Passthrough
 
 Json = dict[str, Any]
@@ -183,6 +184,8 @@ def _single(name: str, host: str, port: int, options: EnvoyOptions, *, is_addres
         "circuit_breakers": _breakers(),
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
     }
+    if is_here(host):
+        return {**cluster, "type": "STATIC", "load_assignment": {"cluster_name": name, "endpoints": []}}
     if is_address:
         return {**cluster, "type": "STATIC"}
     # What used to be called LOGICAL_DNS: one address of the answer, connections outlive its change.

@@ -11,7 +11,7 @@ from typing import Any
 EVENT_ID = "p-%CONNECTION_ID%-%START_TIME(%s%9f)%"
 
 # A path may be as long as the header limit; the record of it need not.
-_PATH = "%PATH(NQ:ORIG):2048%"
+_PATH = "%PATH(NQ:PATH):2048%"
 
 _ALWAYS = {
     "client.address": "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT%",

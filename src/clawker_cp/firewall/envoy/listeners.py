@@ -13,7 +13,7 @@ from typing import Any
 from clawker_cp.firewall.envoy import formats
 from clawker_cp.firewall.envoy.clusters import TYPE, Json, dns_cache, opaque_name, passthrough_name
 from clawker_cp.firewall.envoy.options import EnvoyOptions
-from clawker_cp.firewall.envoy.routes import HERE, SNI_HEADER, address_route_config
+from clawker_cp.firewall.envoy.routes import HERE, SNI_HEADER, address_route_config, is_here
 from clawker_cp.firewall.inspection import SHARDS
 from clawker_cp.firewall.plan import TCP, HttpOrigin, OpaqueTarget, Policy
 
@@ -140,6 +140,8 @@ class Listeners:
         for one in policy.passthrough:
             stem = self._stems[one.base]
             log = formats.passthrough_log(self._log, policy=policy.id, port=one.port, rule=one.rule_id)
+            if one.wildcard and is_here(one.base):
+                continue
             if one.wildcard:
                 names = [f"*.{one.base}"] + ([one.base] if one.base not in exact_bases else [])
                 filters = [self._sni_proxy(one.port), self._tcp_proxy("pass_dfp", log, f"pass_{stem}")]

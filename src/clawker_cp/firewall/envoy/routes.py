@@ -133,6 +133,16 @@ def origin_routes(origin: HttpOrigin) -> Iterator[Json]:
 _NOBODY = PathPolicy("", (), default_allow=False)
 
 
+def is_here(name: str) -> bool:
+    """
+    Whether a name means this host whatever a resolver says of it.
+
+    The resolver library answers for `localhost` without asking anybody, so a rule for it would
+    open this host's own loopback (R12).
+    """
+    return name == "localhost" or name.endswith(".localhost")
+
+
 def _sni_check(base: str, wildcard: bool) -> Json:
     """Refuse a Host that is not what the TLS session was made for; a missing SNI counts as empty."""
     if wildcard:
@@ -207,7 +217,10 @@ class VirtualHosts:
         routes = [_sni_check(origin.base, origin.wildcard)] if self._tls else []
         if origin.wildcard:
             routes.append(_authority_check(rule))
-        routes += origin_routes(origin)
+        if is_here(origin.base):
+            routes.append(_refuse(_ANY_PATH, "host_not_allowed", rule))
+        else:
+            routes += origin_routes(origin)
         name = f"{self._stems[origin.base]}_{origin.port}"
         apex = (origin.base, origin.port) not in self._apex
         host: Json = {

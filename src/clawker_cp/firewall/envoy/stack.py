@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -39,8 +40,14 @@ POLL_MIN_S, POLL_MAX_S = 0.002, 0.05
 LOG_TAIL_BYTES = 65536
 
 
-# The resolver library would answer from the hosts file before it asks the gate.
-ENVOY_ENVIRONMENT = {"CARES_HOSTS": "/dev/null"}
+# The resolver library answers from the hosts file before it asks anybody, and cannot be told not
+# to: Envoy gets a mount namespace in which that file is empty. The process stays the same.
+_WITHOUT_HOSTS = ("unshare", "--mount", "--propagation", "private", "--", "sh", "-c")
+_SCRIPT = 'mount --bind /dev/null /etc/hosts && exec "$0" "$@"'
+
+
+# What Envoy finds in its environment beyond PATH and HOME: nothing of ours.
+ENVOY_ENVIRONMENT: dict[str, str] = {}
 
 
 class LastingProcessLike(Protocol):
@@ -64,13 +71,20 @@ class Certificates(Protocol):
     def sweep(self, plan: Plan) -> None: ...
 
 
-def envoy_command(binary: Path | str, options: EnvoyOptions) -> list[str]:
-    """Return the command line of contract 8.4; its output goes to `options.log`."""
-    return [
+def envoy_command(binary: Path | str, options: EnvoyOptions, *, hide_hosts: bool | None = None) -> list[str]:
+    """
+    Return the command line of contract 8.4; its output goes to `options.log`.
+
+    `hide_hosts` (default: when we may) keeps the hosts file of this machine from it.
+    """
+    command = [
         str(binary), "-c", str(options.bootstrap), "--disable-hot-restart",
         "--concurrency", str(options.concurrency), "--drain-time-s", "1", "--drain-strategy", "immediate",
         "--file-flush-interval-msec", "50", "-l", "warning",
     ]  # fmt: skip
+    if hide_hosts is None:
+        hide_hosts = os.geteuid() == 0
+    return [*_WITHOUT_HOSTS, _SCRIPT, *command] if hide_hosts else command
 
 
 class EnvoyStack:
