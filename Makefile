@@ -1,59 +1,78 @@
-# `make` lists the targets. Every target sets up what it needs; the second time that takes a second.
+# `make` lists the targets. Each sets up what it needs; the second time that takes a second.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
-STAMP := $(VENV)/.clawker-stamp
 BIN := $(VENV)/bin
-PACKAGES := clang llvm libbpf-dev libelf-dev zlib1g-dev pkg-config build-essential python3-dev python3-venv \
-	bubblewrap nftables iproute2 util-linux curl ca-certificates procps
-SOURCES := pyproject.toml setup.py $(wildcard src/clawker_cp/_fast/*.pyx src/clawker_cp/_fast/*.[ch] src/clawker_cp/_fast/*.pxd bpf/*.[ch] bpf/lib/*.h bpf/tests/*.c)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PACKAGED := $(VENV)/.packages-installed
+BUILT := $(VENV)/.built
+SOURCES := setup.py MANIFEST.in tools/toolchain.py tools/toolchain.txt \
+	$(shell find bpf proto src/clawker_cp/_fast -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.proto')
+PYTHONS := src tests benchmarks tools setup.py
+REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
-.PHONY: help run test dev build bench lint types fmt ci clean system
+.PHONY: help run test test-fast dev build bench lint types fmt ci doctor system clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-system: ## install the Debian packages that are missing (needs root)
-	@missing=$$(for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
-	if [ -n "$$missing" ]; then \
-	  if [ "$$(id -u)" != 0 ]; then echo "missing Debian packages: $$missing; run as root: apt-get install $$missing" >&2; exit 3; fi; \
-	  echo "installing:" $$missing; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
-	fi
-
-$(STAMP): $(SOURCES) | system
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check 'pip>=25.1' 'setuptools>=77' 'cython>=3.1,<4' 'grpcio-tools>=1.70' wheel
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --group test --group lint
-	@touch $(STAMP)
-
-dev: $(STAMP) ## a working tree: packages, virtual environment, compiled parts
-
-run: $(STAMP) ## a tour of the main job on real traffic, in namespaces of its own (needs root)
+run: $(BUILT) ## a tour of the main job on real traffic, in namespaces of its own
 	@$(BIN)/python -m clawker_cp.demo
 
-test: $(STAMP) ## every test (those that need root or BPF say so when they cannot run)
-	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf || true
-	@$(BIN)/python -m pytest
+test: $(BUILT) ## every test; those that need root, BPF or a tool say so when they cannot run
+	@[ "$$(id -u)" != 0 ] || mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf || true
+	@$(PYTHON) tools/toolchain.py doctor >&2 || true
+	@$(BIN)/python -m pytest $(TESTS)
 
-build: $(STAMP) ## wheel and sdist in dist/
-	@$(BIN)/python -m pip install -q --disable-pip-version-check build
+test-fast: $(BUILT) ## the tests without root, Envoy and waiting
+	@$(BIN)/python -m pytest -m 'not root and not slow and not envoy' $(TESTS)
+
+dev: $(BUILT) ## a working tree from nothing: system packages, virtual environment, compiled parts
+
+build: $(BUILT) ## wheel and sdist in dist/
 	@$(BIN)/python -m build -q --no-isolation
 
-bench: $(STAMP) ## benchmarks, as ratios in one run
-	@$(BIN)/python -m pytest benchmarks -o testpaths=benchmarks --benchmark-only --benchmark-group-by=group -q
+bench: $(BUILT) ## the benchmarks, as ratios in one run
+	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group -q
 
-lint: $(STAMP) ## style and layering
-	@$(BIN)/ruff check src tests benchmarks setup.py
+lint: $(BUILT) ## style, layering, sizes, missing tests
+	@$(BIN)/ruff check -q $(PYTHONS)
+	@$(BIN)/ruff format -q --check $(PYTHONS)
 	@$(BIN)/python tools/check_layers.py
 
-types: $(STAMP) ## mypy, strict
+types: $(BUILT) ## mypy, strict
 	@$(BIN)/mypy
 
-fmt: $(STAMP) ## format
-	@$(BIN)/ruff format src tests benchmarks setup.py
+fmt: $(BUILT) ## format what can be formatted
+	@$(BIN)/ruff format -q $(PYTHONS)
+	@$(BIN)/ruff check -q --fix $(PYTHONS)
 
-ci: lint test ## what CI runs
+ci: ## exactly what CI runs
+	@.ci/run
 
-clean: ## remove what was built
+doctor: ## what this machine lacks, and what that costs
+	@$(PYTHON) tools/toolchain.py doctor
+
+system: ## install the Debian packages that are missing (as root; else says which)
+	@if command -v $(PYTHON) >/dev/null; then missing=$$($(PYTHON) tools/toolchain.py packages); \
+	else missing=$$(grep -v '^#' tools/toolchain.txt | cut -d'|' -f3); fi; \
+	if [ -z "$$missing" ]; then exit 0; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "missing here: "$$missing"; as root: apt-get install "$$missing >&2; \
+	else echo "installing:" $$missing; apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+
+$(PACKAGED): pyproject.toml | system
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install 'pip>=25.1'
+	@$(REQUIREMENTS) | $(PIP) install -r /dev/stdin
+	@$(PIP) install --group dev
+	@touch $@
+
+$(BUILT): $(PACKAGED) $(SOURCES) | system
+	@$(PIP) install --no-build-isolation -e .
+	@touch $@
+
+clean: ## remove everything that was made here
 	@rm -rf build dist $(VENV) src/*.egg-info src/clawker_cp/_bpf src/clawker_cp/_proto src/clawker_cp/_fast/*.so
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
