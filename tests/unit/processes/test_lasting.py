@@ -1,0 +1,75 @@
+"""Tests of the child that outlives us; real processes throughout."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from clawker_cp.errors import Unavailable
+from clawker_cp.processes.lasting import LastingProcess, start_time
+
+
+def _make(directory: Path, *command: str) -> LastingProcess:
+    return LastingProcess("child", command or ("sleep", "60"), directory / "child.pid", directory / "child.log")
+
+
+async def test_the_next_start_adopts_what_was_left_running(tmp_path: Path) -> None:
+    """Same digest, same process; it keeps running in between."""
+    first = _make(tmp_path)
+    assert first.start("d") is False
+    pid = first.pid
+    first.let_live()
+    second = _make(tmp_path)
+
+    assert second.start("d") is True
+    assert second.pid == pid
+    assert second.running
+    await second.stop()
+    assert start_time(pid) is None
+
+
+async def test_another_digest_ends_the_old_one(tmp_path: Path) -> None:
+    """A process that was started with something else is ended before a new one is launched."""
+    first = _make(tmp_path)
+    first.start("old")
+    pid = first.pid
+    first.let_live()
+    second = _make(tmp_path)
+
+    assert second.start("new") is False
+    assert second.pid != pid
+    assert start_time(pid) is None
+    await second.stop()
+
+
+async def test_a_reused_pid_is_nobody_we_know(tmp_path: Path) -> None:
+    """The start time in the mark has to fit: another process with that pid is left alone."""
+    import orjson
+
+    (tmp_path / "child.pid").write_bytes(orjson.dumps({"pid": os.getpid(), "started": 1, "digest": "d"}))
+    process = _make(tmp_path)
+
+    assert process.start("d") is False
+    assert process.pid != os.getpid()
+    await process.stop()
+
+
+async def test_the_end_is_noticed_and_the_last_words_are_kept(tmp_path: Path) -> None:
+    """`wait` returns when it ends; its output is in the log."""
+    process = _make(tmp_path, "sh", "-c", "echo last words; exit 3")
+    process.start("d")
+    await asyncio.wait_for(process.wait(), 10)
+
+    assert not process.running
+    assert process.last_output() == "last words"
+    await process.stop()
+    assert not (tmp_path / "child.pid").exists()
+
+
+async def test_what_cannot_be_started_says_so(tmp_path: Path) -> None:
+    """A missing binary is `Unavailable`, naming it."""
+    with pytest.raises(Unavailable, match="/nonexistent"):
+        _make(tmp_path, "/nonexistent").start("d")
