@@ -33,7 +33,7 @@ from clawker_cp.engines.host.engine import HostEngine
 from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unsupported
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_roots
-from clawker_cp.firewall.envoy.stack import ENVOY_ENVIRONMENT, EnvoyStack, envoy_command
+from clawker_cp.firewall.envoy.stack import EnvoyStack, envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.firewall.plan import Topology
 from clawker_cp.firewall.store import RuleStore
@@ -200,7 +200,6 @@ class ControlPlane:
             envoy_command(find_binary(settings.envoy.binary), options),
             firewall / "envoy.pid",
             options.log,
-            environment=ENVOY_ENVIRONMENT,
         )
         self._envoy = EnvoyStack(options, process, self._authority)
         self._enforcement = HostEnforcement(

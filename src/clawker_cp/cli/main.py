@@ -44,6 +44,10 @@ class ErrorsAsLines(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            if ctx.invoked_subcommand == "run":
+                error.exit_code = OWN_FAILURE
+            raise
         except ClawkerError as error:
             click.echo(f"clawker-cp: {error.message}", err=True)
             if error.hint:
@@ -53,10 +57,10 @@ class ErrorsAsLines(click.Group):
 
 def exit_code(error: ClawkerError, command: str | None) -> int:
     """
-    The exit code of a failure: `run` keeps 1 to 124 for the command it runs.
+    The exit code of a failure: those of `run` are 125, all others belong to the command it runs.
     """
     if command == "run":
-        return 2 if isinstance(error, InvalidInput) else OWN_FAILURE
+        return OWN_FAILURE
     if isinstance(error, Unsupported):
         return NOT_SUPPORTED
     return 2 if isinstance(error, InvalidInput) else 1

@@ -77,6 +77,8 @@ def build_request(options: Mapping[str, Any], environ: Mapping[str, str]) -> dic
         "publish": [run_options.parse_publish(item) for item in options["publish"]],
         "rules": collect_rules(options),
         "learn": options["learn"],
+        "capabilities": list(options["capability"]) or None,
+        "seccomp": not options["no_seccomp"],
     }
 
 
@@ -272,6 +274,8 @@ Examples:
 @click.option("--learn", is_flag=True, help="Allow and record, then print the rules that would have sufficed.")
 @click.option("--learn-to", metavar="FILE", type=click.Path(path_type=Path), help="Write the learned rules to FILE.")
 @click.option("--tty/--no-tty", default=None, help="Give COMMAND a terminal [default: if there is one].")
+@click.option("--capability", metavar="NAME", multiple=True, hidden=True, help="Keep a capability (threat tests).")
+@click.option("--no-seccomp", is_flag=True, hidden=True, help="Without the system call filter (threat tests).")
 @click.option("--json", "as_json", is_flag=True, help="Decisions and summary as JSON lines on standard error.")
 @click.option("--quiet", is_flag=True, help="Print no decisions and no summary.")
 @click.option("--verbose", is_flag=True, help="Print every decision, also repeated ones.")

@@ -1,0 +1,3 @@
+"""
+The commands: arguments, output and exit codes. No logic of its own.
+"""

