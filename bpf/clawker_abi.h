@@ -154,7 +154,11 @@ struct clawker_route_value {
 };
 CLAWKER_ASSERT_SIZE(struct clawker_route_value, 16);
 
-/* cidr_map: LPM trie; `prefixlen` counts from generation on: 72 + mapped prefix length. */
+/*
+ * cidr_map: LPM trie; `prefixlen` counts from generation on: 72 + mapped prefix length. The family
+ * is part of the key: ::/0 is a prefix of every mapped IPv4 address, and must not speak for them.
+ */
+#define CLAWKER_CIDR_IPV6 0x80 /* added to `l4` for IPv6 */
 struct clawker_cidr_key {
 	__u32 prefixlen;
 	__u8 generation_be[4];
@@ -334,7 +338,7 @@ struct clawker_event {
 	__u8 protocol; /* IPPROTO_*, 255 = other */
 	__u8 type;     /* SOCK_STREAM 1, SOCK_DGRAM 2, SOCK_RAW 3 */
 	__u8 flags;    /* enum clawker_event_flag */
-	__u8 pad[5];
+	__u8 pad[9];
 };
 CLAWKER_ASSERT_SIZE(struct clawker_event, 88);
 

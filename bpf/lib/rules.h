@@ -67,7 +67,10 @@ static __always_inline struct clawker_route_value *find_route(__u32 generation, 
 static __always_inline struct clawker_cidr_value *find_prefix(__u32 generation, __u32 policy,
 							      const struct clawker_want *w)
 {
-	struct clawker_cidr_key key = { .prefixlen = CLAWKER_CIDR_HEAD_BITS + CLAWKER_ADDR_BITS, .l4 = w->l4 };
+	struct clawker_cidr_key key = {
+		.prefixlen = CLAWKER_CIDR_HEAD_BITS + CLAWKER_ADDR_BITS,
+		.l4 = addr_is_v4(w->addr) ? w->l4 : w->l4 | CLAWKER_CIDR_IPV6,
+	};
 	__u32 generation_be = bpf_htonl(generation), policy_be = bpf_htonl(policy);
 
 	__builtin_memcpy(key.generation_be, &generation_be, 4);

@@ -5,6 +5,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 cdef extern from "clawker_abi.h" nogil:
     const unsigned int CLAWKER_ABI_VERSION
     const unsigned int CLAWKER_SPANS
+    const unsigned int CLAWKER_CIDR_IPV6
     const unsigned int CLAWKER_SITES
 
     struct clawker_config:

@@ -48,6 +48,7 @@ cdef extern from "bpf_shim.h" nogil:
 
 ABI_VERSION = abi.CLAWKER_ABI_VERSION
 SPANS = abi.CLAWKER_SPANS
+MAPPED = bytes(10) + b"\xff\xff"  # how a mapped IPv4 address begins
 EVENT_BYTES = sizeof(abi.clawker_event)
 
 
@@ -412,13 +413,14 @@ def unpack_route_value(bytes value) -> tuple:
 
 def pack_cidr_key(unsigned int generation, unsigned int policy, unsigned char l4, bytes addr,
                   unsigned int prefixlen) -> bytes:
-    """`prefixlen` counts the bits of the 16-byte address."""
+    """`prefixlen` counts the bits of the 16-byte address; a prefix of IPv6 never covers mapped IPv4."""
     cdef abi.clawker_cidr_key k
+    cdef bint ipv4 = prefixlen >= 96 and addr[:12] == MAPPED
     memset(&k, 0, sizeof(k))
     k.prefixlen = 72 + prefixlen
     memcpy(k.generation_be, PyBytes_AS_STRING(generation.to_bytes(4, "big")), 4)
     memcpy(k.policy_be, PyBytes_AS_STRING(policy.to_bytes(4, "big")), 4)
-    k.l4 = l4
+    k.l4 = l4 if ipv4 else l4 | abi.CLAWKER_CIDR_IPV6
     copy16(k.addr, addr)
     return PyBytes_FromStringAndSize(<char *>&k, sizeof(k))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-_RECORD = struct.Struct("<QQQQ16sIIIIIHHBBBBBBB5x")
+_RECORD = struct.Struct("<QQQQ16sIIIIIHHBBBBBBB9x")
 
 
 def decode_events(buffer: bytes) -> list[tuple[object, ...]]:
