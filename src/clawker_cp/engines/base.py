@@ -4,10 +4,10 @@ What an engine is asked to run and what it tells of it; shared by all engines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,19 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one sandbox, 0 = none: memory in bytes, CPU in percent of one core, processes."""
+
+    memory_bytes: int = 0
+    cpu_percent: int = 0
+    pids: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSpec:
     """
-    What is asked for. `capabilities` None = none for an ordinary user; `extra` is opaque JSON of
-    the application that is kept with the record.
+    What is asked for. `capabilities` (names without `cap_`) None = none for an ordinary user and a
+    small set for root; `extra` is opaque JSON of the application that is kept with the record.
     """
 
     project: str
@@ -47,6 +56,7 @@ class SandboxSpec:
     publish: tuple[Publish, ...] = ()
     capabilities: tuple[str, ...] | None = None
     seccomp: bool = True
+    limits: Limits = Limits()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def as_mapping(self) -> dict[str, Any]:
@@ -67,6 +77,11 @@ class SandboxSpec:
             "publish": [{"host_port": p.host_port, "port": p.port} for p in self.publish],
             "capabilities": None if self.capabilities is None else list(self.capabilities),
             "seccomp": self.seccomp,
+            "limits": {
+                "memory_bytes": self.limits.memory_bytes,
+                "cpu_percent": self.limits.cpu_percent,
+                "pids": self.limits.pids,
+            },
             "extra": dict(self.extra),
         }
 
@@ -90,6 +105,7 @@ class SandboxSpec:
             publish=tuple(Publish(int(p["host_port"]), int(p["port"])) for p in raw.get("publish", ())),
             capabilities=None if capabilities is None else tuple(capabilities),
             seccomp=bool(raw.get("seccomp", True)),
+            limits=Limits(**{str(key): int(value) for key, value in raw.get("limits", {}).items()}),
             extra=dict(raw.get("extra", {})),
         )
 
@@ -109,6 +125,7 @@ class Sandbox:
     publish: tuple[Publish, ...] = ()
     pid: int = 0
     started: int = 0
+    limits_unmet: tuple[str, ...] = ()
 
     @property
     def project(self) -> str:
@@ -117,3 +134,80 @@ class Sandbox:
     @property
     def agent(self) -> str:
         return self.spec.agent
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels a container would carry (contract 1.2)."""
+        labels = {
+            "dev.clawker.managed": "true",
+            "dev.clawker.purpose": "agent",
+            "dev.clawker.agent": self.spec.agent,
+            "dev.clawker.workdir": self.spec.workdir,
+            "dev.clawker.engine": "host",
+        }
+        if self.spec.project:
+            labels["dev.clawker.project"] = self.spec.project
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class RingEvent:
+    """
+    One packet that the host ring dropped (ruling R18).
+
+    `sandbox_id` is "" when the interface is nobody's; `reason` is one of the kernel layer's
+    (contract 2.4); addresses are text, "" when the frame carried none; `lost` counts the records
+    the kernel could not hand over before this one.
+    """
+
+    time_unix_ns: int
+    sandbox_id: str
+    reason: str
+    ether_type: int = 0
+    source: str = ""
+    destination: str = ""
+    protocol: int = 0
+    source_port: int = 0
+    destination_port: int = 0
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostFeature:
+    """One row of the host preflight: what is there, what it needs, what missing it costs."""
+
+    name: str
+    present: bool
+    required: bool
+    detail: str
+    need: str = ""
+    cost: str = ""
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The row for JSON output."""
+        return {
+            "name": self.name,
+            "present": self.present,
+            "required": self.required,
+            "detail": self.detail,
+            "need": self.need,
+            "cost": self.cost,
+        }
+
+
+class Engine(Protocol):
+    """Who runs agents; verbs raise `errors` classes only and leave nothing half-made when cancelled."""
+
+    ring: Any
+
+    async def start(self) -> None: ...
+    async def create(self, spec: SandboxSpec) -> Sandbox: ...
+    async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None: ...
+    async def wait(self, sandbox_id: str) -> int: ...
+    async def signal(self, sandbox_id: str, signo: int) -> None: ...
+    async def pause(self, sandbox_id: str, *, on: bool) -> None: ...
+    async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None: ...
+    async def cut(self, sandbox_id: str, match: Callable[[Any], bool]) -> int: ...
+    async def aclose(self, *, remove: bool) -> None: ...
+    def living(self) -> list[Sandbox]: ...
+    def by_address(self, address: str) -> Sandbox | None: ...

@@ -9,10 +9,13 @@ next start adopt what runs and sweep what is dead.
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import os
+import re
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +23,15 @@ from pathlib import Path
 import orjson
 import structlog
 
-from clawker_cp.engines.base import Publish, Sandbox, SandboxSpec
-from clawker_cp.engines.host import bubble, cgroups, network, process
+from clawker_cp.engines.base import Publish, RingEvent, Sandbox, SandboxSpec
+from clawker_cp.engines.host import cgroups, network, process
+from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
+from clawker_cp.engines.host.filesystem import check_view, etc_files
+from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.engines.host.publish import Publisher
-from clawker_cp.engines.host.ring import HostRing
-from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets
-from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, NotFound
+from clawker_cp.engines.host.ring import DEFAULT_GROUP, HostRing, forwarding, set_forwarding
+from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets, list_sockets
+from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
 
 log = structlog.get_logger()
 
@@ -33,6 +39,13 @@ PREFIX = "clawker"
 KILL_LIMIT_S = 5.0
 ENDED_KEPT = 1024
 RECORD = "record.json"
+MAX_SIGNAL = 64
+MAX_PORT = 65535
+MAX_ID = 2**32 - 1
+TELL_LIMIT_S = 1.0
+_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
+_VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+FORWARDING_MARK = "forwarding-before"
 
 
 class HostEngine:
@@ -51,6 +64,10 @@ class HostEngine:
         cgroup_parent: str,
         masked: Sequence[Path] = (),
         ca_dir: Path | None = None,
+        with_ring: bool = True,
+        extra_tuples: Sequence[tuple[str, int]] = (),
+        ring_group: int = DEFAULT_GROUP,
+        on_drop: Callable[[RingEvent], None] | None = None,
     ) -> None:
         self._state = state_dir / "sandboxes"
         self._bridge = bridge
@@ -59,8 +76,14 @@ class HostEngine:
         self._parent_name = cgroup_parent
         self._masked = tuple(masked)
         self._ca_dir = ca_dir
-        self.ring = HostRing(bridge, subnet, self.gateway)
-        self._publisher = Publisher()
+        self.ring = HostRing(bridge, subnet, self.gateway, group=ring_group, extra_tuples=extra_tuples)
+        self._with_ring = with_ring
+        self._on_drop = on_drop
+        self._log: RingLog | None = None
+        self._pool = network.AddressPool(subnet)
+        self._limiter: cgroups.Limiter | None = None
+        self._owners: dict[int, str] = {}
+        self._publisher = Publisher(self.gateway)
         self._sandboxes: dict[str, Sandbox] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ended: dict[str, int] = {}
@@ -76,6 +99,9 @@ class HostEngine:
         Make what all sandboxes share, adopt those that still run, and sweep dead remains.
         """
         cgroups.ensure(self.parent_cgroup)
+        self._limiter = cgroups.Limiter(self.parent_cgroup)
+        self._limiter.prepare()
+        forwarded_before = self._forwarded_before()
         await network.ensure_bridge(self._bridge, self.subnet)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o711)
         dead = []
@@ -85,20 +111,40 @@ class HostEngine:
                 shutil.rmtree(directory, ignore_errors=True)
             elif cgroups.is_populated(sandbox.cgroup_path):
                 self._sandboxes[sandbox.id] = sandbox
+                self._own(sandbox)
+                self._pool.skip_past(sandbox.address)
+                log.info("engines_sandbox_adopted", id=sandbox.id, address=sandbox.address)
             else:
                 dead.append(sandbox)
         living = [(sandbox.interface, sandbox.address) for sandbox in self._sandboxes.values()]
-        await self.ring.install(living)
+        if self._with_ring:
+            await self.ring.install(living, forwarded_before=forwarded_before)
+            self._watch_drops()
         for sandbox in dead:
             self._keep_code(sandbox.id, process.exit_code(sandbox, None))
             await self._take_apart(sandbox)
         await self._sweep()
+        for sandbox in self._sandboxes.values():
+            await self._publish_again(sandbox)
 
     def living(self) -> list[Sandbox]:
         """
         Every sandbox that exists now.
         """
         return list(self._sandboxes.values())
+
+    def by_address(self, address: str) -> Sandbox | None:
+        """
+        The sandbox that has the address, exactly one or None (contract 9.9).
+        """
+        found = [sandbox for sandbox in self._sandboxes.values() if sandbox.address == address]
+        return found[0] if len(found) == 1 else None
+
+    def unlimited(self) -> list[str]:
+        """
+        Limits that this host cannot set, for status and preflight.
+        """
+        return self._limiter.missing() if self._limiter is not None else []
 
     def exit_code(self, sandbox_id: str) -> int | None:
         """
@@ -121,12 +167,12 @@ class HostEngine:
                 if (other.project, other.agent) == (spec.project, spec.agent):
                     raise Conflict(f"--agent: {spec.agent} of project {spec.project or '(none)'} runs already")
             sandbox_id = secrets.token_hex(32)
-            short = sandbox_id[:8]
+            short = sandbox_id[:9]
             cgroup_path = self.parent_cgroup / f"{PREFIX}-{sandbox_id[:12]}"
             sandbox = Sandbox(
                 id=sandbox_id,
                 spec=spec,
-                address=network.free_address(self.subnet, [s.address for s in self._sandboxes.values()]),
+                address=self._pool.take(other.address for other in self._sandboxes.values()),
                 netns=f"{PREFIX}-{sandbox_id[:12]}",
                 interface=f"{network.interface_prefix(self._bridge)}{short}",
                 cgroup_path=cgroup_path,
@@ -137,8 +183,14 @@ class HostEngine:
         try:
             self._lay_out(sandbox)
             sandbox.cgroup_id = cgroups.ensure(cgroup_path)
+            if self._limiter is not None:
+                sandbox.limits_unmet = self._limiter.apply(cgroup_path.name, spec.limits)
+            # Known on disk before anything exists that only the record tells about.
+            self._write(sandbox)
             await network.add_sandbox(sandbox.netns, sandbox.interface, self._bridge, sandbox.address, self.subnet)
-            await self.ring.pin(sandbox.interface, sandbox.address)
+            self._own(sandbox)
+            if self._with_ring:
+                await self.ring.pin(sandbox.interface, sandbox.address)
             sandbox.publish = await self._publisher.publish(sandbox.id, sandbox.address, spec.publish)
             self._write(sandbox)
         except BaseException:
@@ -151,11 +203,20 @@ class HostEngine:
         Start the command on the given streams (which stay the caller's).
         """
         sandbox = self._known(sandbox_id)
+        if sandbox.pid:
+            raise Conflict(f"sandbox {sandbox_id[:12]} was started already")
+        extra = self._limiter.joined(sandbox.cgroup_path.name) if self._limiter is not None else []
         started = await asyncio.to_thread(
-            process.launch, sandbox, streams, masked=self._masked, ca_dir=self._ca_dir
+            process.launch,
+            sandbox,
+            streams,
+            cgroups=[sandbox.cgroup_path, *extra],
+            netns=network.namespace_path(sandbox.netns),
+            masked=self._masked,
+            ca_dir=self._ca_dir,
         )
         self._processes[sandbox_id] = started
-        sandbox.pid = started.pid
+        sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
         self._write(sandbox)
 
     async def wait(self, sandbox_id: str) -> int:
@@ -165,7 +226,11 @@ class HostEngine:
         if sandbox_id in self._ended:
             return self._ended[sandbox_id]
         sandbox = self._known(sandbox_id)
-        await process.wait_gone(sandbox.pid)
+        if not sandbox.pid:
+            raise Conflict(f"sandbox {sandbox_id[:12]} was not started yet")
+        await process.wait_gone(sandbox.pid, sandbox.started)
+        if sandbox_id in self._ended:
+            return self._ended[sandbox_id]
         started = self._processes.get(sandbox_id)
         code = process.exit_code(sandbox, started.poll() if started is not None else None)
         self._keep_code(sandbox_id, code)
@@ -173,9 +238,24 @@ class HostEngine:
 
     async def signal(self, sandbox_id: str, signo: int) -> None:
         """
-        Deliver a signal to the command, not to what it started.
+        Deliver a signal to the command; those a terminal sends go to its whole job.
         """
+        if not 1 <= signo <= MAX_SIGNAL:
+            raise InvalidInput(f"signal: {signo} is not between 1 and {MAX_SIGNAL}")
         process.send(await process.command_pid(self._known(sandbox_id)), signo)
+
+    async def pause(self, sandbox_id: str, *, on: bool) -> None:
+        """
+        Stop or continue every process of a sandbox.
+        """
+        cgroups.freeze(self._known(sandbox_id).cgroup_path, on=on)
+
+    async def kill(self, sandbox_id: str) -> None:
+        """
+        SIGKILL everything of a sandbox; its exit code becomes 137.
+        """
+        process.kill_init(self._known(sandbox_id))
+        await cgroups.kill(self._known(sandbox_id).cgroup_path, KILL_LIMIT_S)
 
     async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
         """
@@ -208,16 +288,33 @@ class HostEngine:
         Destroy the sandbox's sockets that match; returns how many.
         """
         sandbox = self._known(sandbox_id)
-        return await asyncio.to_thread(cut_sockets, sandbox.netns, match)
+        return await asyncio.to_thread(cut_sockets, network.namespace_path(sandbox.netns), match)
+
+    async def sockets(self, sandbox_id: str) -> list[SocketInfo]:
+        """
+        The TCP and UDP sockets of a sandbox that have a peer.
+        """
+        return await asyncio.to_thread(list_sockets, network.namespace_path(self._known(sandbox_id).netns))
 
     async def aclose(self, *, remove: bool) -> None:
         """
         Stop publishing; with `remove`, and when no sandbox is left, bridge, ring and parent too.
         """
         await self._publisher.aclose()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        for started in self._processes.values():
+            if started.returncode is None:
+                # They outlive us on purpose; without this the interpreter warns about them.
+                started.returncode = 0
+        self._processes.clear()
         if remove and not self._sandboxes:
             await self.ring.remove()
             await network.remove_bridge(self._bridge)
+            self._restore_forwarding()
+            if self._limiter is not None:
+                self._limiter.remove_parents()
             try:
                 cgroups.remove(self.parent_cgroup)
             except OSError as error:
@@ -226,34 +323,22 @@ class HostEngine:
     # -- inner --------------------------------------------------------------------------------
 
     def _check(self, spec: SandboxSpec) -> None:
-        bubble.check_paths(spec.workdir, self._masked)
-        if not spec.argv:
-            raise InvalidInput("no command to run", hint="write it after --")
-        if spec.uid == 0 and not spec.allow_root:
-            raise InvalidInput("the command would run as root", hint="add --allow-root if that is meant")
-        if not Path(spec.workdir).is_dir():
-            raise InvalidInput(f"--workdir: {spec.workdir} is not a directory")
+        check_spec(spec)
+        check_view(spec, self._masked)
 
     def _lay_out(self, sandbox: Sandbox) -> None:
-        etc = sandbox.directory / "etc"
-        etc.mkdir(parents=True)
-        sandbox.directory.chmod(0o711)
-        home = sandbox.directory / "home"
-        home.mkdir()
-        os.chown(home, sandbox.spec.uid, sandbox.spec.gid)
-        uid, gid = sandbox.spec.uid, sandbox.spec.gid
-        users = "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
-        groups = "root:x:0:\nnogroup:x:65534:\n"
-        if uid != 0:
-            users += f"clawker:x:{uid}:{gid}:clawker:{bubble.HOME}:/bin/bash\n"
-        if gid != 0:
-            groups += f"clawker:x:{gid}:\n"
-        hostname = sandbox.agent[:63]
-        (etc / "passwd").write_text(users)
-        (etc / "group").write_text(groups)
-        (etc / "resolv.conf").write_text(f"nameserver {self.gateway}\noptions timeout:5 attempts:2\n")
-        (etc / "hosts").write_text(f"127.0.0.1 localhost\n{sandbox.address} {hostname}\n")
-        (etc / "hostname").write_text(f"{hostname}\n")
+        spec, etc, home = sandbox.spec, sandbox.directory / "etc", sandbox.directory / "home"
+        try:
+            etc.mkdir(parents=True)
+            # Passed through by the agent's user on the way to what is mounted, never listed.
+            sandbox.directory.chmod(0o711)
+            home.mkdir(mode=0o700)
+            os.chown(home, spec.uid, spec.gid)
+            for name, text in etc_files(spec, sandbox.address, self.gateway).items():
+                (etc / name).write_text(text)
+                (etc / name).chmod(0o644)
+        except OSError as error:
+            raise Unavailable(f"cannot write {sandbox.directory}: {error.strerror}") from error
 
     def _write(self, sandbox: Sandbox) -> None:
         record = {
@@ -266,11 +351,15 @@ class HostEngine:
             "cgroup_id": sandbox.cgroup_id,
             "publish": [{"host_port": p.host_port, "port": p.port} for p in sandbox.publish],
             "pid": sandbox.pid,
+            "started": sandbox.started,
         }
         temporary = sandbox.directory / f".clawker-{RECORD}.tmp"
-        temporary.write_bytes(orjson.dumps(record))
-        temporary.chmod(0o600)
-        temporary.replace(sandbox.directory / RECORD)
+        try:
+            temporary.touch(mode=0o600)  # the spec holds the agent's environment
+            temporary.write_bytes(orjson.dumps(record))
+            temporary.replace(sandbox.directory / RECORD)
+        except OSError as error:
+            raise Unavailable(f"cannot write {sandbox.directory / RECORD}: {error.strerror}") from error
 
     def _read(self, directory: Path) -> Sandbox | None:
         try:
@@ -286,6 +375,7 @@ class HostEngine:
                 directory=directory,
                 publish=tuple(Publish(p["host_port"], p["port"]) for p in raw["publish"]),
                 pid=int(raw["pid"]),
+                started=int(raw.get("started", 0)),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("engines_record_skipped", directory=str(directory), error=str(error))
@@ -303,38 +393,121 @@ class HostEngine:
             del self._ended[next(iter(self._ended))]
 
     async def _stop(self, sandbox: Sandbox, grace_s: float) -> None:
-        if grace_s > 0 and cgroups.is_populated(sandbox.cgroup_path):
+        if not cgroups.is_populated(sandbox.cgroup_path):
+            return
+        if grace_s > 0 and sandbox.pid:
             try:
-                process.send(await process.command_pid(sandbox), 15)
                 async with asyncio.timeout(grace_s):
-                    await process.wait_gone(sandbox.pid)
-            except (TimeoutError, ClawkerError):
-                log.info("engines_grace_over", id=sandbox.id[:12])
+                    process.send(await process.command_pid(sandbox), signal.SIGTERM)
+                    await process.wait_gone(sandbox.pid, sandbox.started)
+            except (TimeoutError, NotFound):
+                log.info("engines_grace_over", id=sandbox.id)
+        process.kill_init(sandbox)
+        with contextlib.suppress(TimeoutError):
+            # bwrap writes the exit code when its process 1 is gone; only then the rest is killed.
+            async with asyncio.timeout(TELL_LIMIT_S):
+                await process.wait_gone(sandbox.pid, sandbox.started)
         await cgroups.kill(sandbox.cgroup_path, KILL_LIMIT_S)
 
     async def _take_apart(self, sandbox: Sandbox) -> None:
+        if sandbox.pid and sandbox.id not in self._ended:
+            started = self._processes.get(sandbox.id)
+            self._keep_code(sandbox.id, process.exit_code(sandbox, started.poll() if started is not None else None))
         await self._publisher.withdraw(sandbox.id)
-        await self.ring.unpin(sandbox.interface, sandbox.address)
+        if self._with_ring:
+            await self.ring.unpin(sandbox.interface, sandbox.address)
+        await network.forget_neighbour(sandbox.address, self._bridge)
         await network.remove_sandbox(sandbox.netns, sandbox.interface)
         cgroups.remove(sandbox.cgroup_path)
-        shutil.rmtree(sandbox.directory, ignore_errors=True)
+        if self._limiter is not None:
+            self._limiter.remove(sandbox.cgroup_path.name)
+        self._owners = {index: owner for index, owner in self._owners.items() if owner != sandbox.id}
+        await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
 
     async def _sweep(self) -> None:
         """Remove namespaces, interfaces and cgroups that belong to no record: halves of a killed create."""
         known_ns = {sandbox.netns for sandbox in self._sandboxes.values()}
         known_if = {sandbox.interface for sandbox in self._sandboxes.values()}
-        on_bridge = {
-            link["ifname"]
-            for link in json.loads(await network.run("ip", "-j", "link", "show", "master", self._bridge) or "[]")
-        }
         namespaces, interfaces = await network.leftovers(PREFIX, self._bridge)
-        for name in namespaces:
-            cgroup = self.parent_cgroup / name
-            if name not in known_ns and cgroup.exists() and not cgroups.is_populated(cgroup):
-                await network.remove_sandbox(name, "none")
         for name in interfaces:
-            if name in on_bridge and name not in known_if:
-                await network.run("ip", "link", "del", name, check=False)
+            # The prefix is that of this bridge: nobody else's have it.
+            if name not in known_if:
+                await network.remove_sandbox("", name)
         for child in self.parent_cgroup.iterdir():
-            if child.is_dir() and child.name not in known_ns and not cgroups.is_populated(child):
+            if child.is_dir() and child.name not in known_ns and child.name.startswith(f"{PREFIX}-"):
+                # In a cgroup of ours without a record: nobody waits for it, nobody could enrol it.
+                await cgroups.kill(child, KILL_LIMIT_S)
                 cgroups.remove(child)
+                if child.name in namespaces:
+                    await network.remove_sandbox(child.name, "")
+
+    def _own(self, sandbox: Sandbox) -> None:
+        try:
+            self._owners[socket.if_nametoindex(sandbox.interface)] = sandbox.id
+        except OSError as error:
+            log.warning("engines_interface_missing", id=sandbox.id, interface=sandbox.interface, error=str(error))
+
+    def _watch_drops(self) -> None:
+        if self._on_drop is None:
+            return
+        ring_log = RingLog(self.ring.group, lambda index: self._owners.get(index, ""), self._on_drop)
+        try:
+            ring_log.open()
+        except Unavailable as error:
+            # Drops go on without being told: reporting never blocks enforcing (I12).
+            log.warning("host_ring_log_unavailable", cause=str(error))
+            return
+        self._log = ring_log
+
+    async def _publish_again(self, sandbox: Sandbox) -> None:
+        try:
+            sandbox.publish = await self._publisher.publish(sandbox.id, sandbox.address, sandbox.publish)
+        except Conflict as error:
+            log.warning("engines_publish_lost", id=sandbox.id, error=str(error))
+
+    def _forwarded_before(self) -> bool:
+        """Whether the host forwarded before the first of us; remembered, for a later start finds it on."""
+        mark = self._state.parent / FORWARDING_MARK
+        if mark.exists():
+            return mark.read_text().strip() == "1"
+        before = forwarding()
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("1" if before else "0")
+        return before
+
+    def _restore_forwarding(self) -> None:
+        mark = self._state.parent / FORWARDING_MARK
+        if mark.exists():
+            if mark.read_text().strip() == "0":
+                set_forwarding(on=False)
+            mark.unlink()
+
+
+def check_spec(spec: SandboxSpec) -> None:
+    """
+    Raise `InvalidInput` with every problem of a spec's own fields, each named.
+    """
+    problems = []
+    if spec.project and not _NAME.match(spec.project):
+        problems.append(f"--project: {spec.project!r} is not a name")
+    if not _NAME.match(spec.agent):
+        problems.append(f"--agent: {spec.agent!r} is not a name")
+    if not spec.argv or not spec.argv[0]:
+        problems.append("no command to run: write it after --")
+    if any("\0" in text for text in (*spec.argv, *spec.env, *spec.env.values(), spec.workdir)):
+        problems.append("command, environment, workdir: NUL bytes are not possible")
+    problems += [f"--env: {name!r} is not a variable name" for name in spec.env if not _VARIABLE.match(name)]
+    if spec.uid == 0 and not spec.allow_root:
+        problems.append("the command would run as root: add --allow-root if that is meant")
+    if not (0 <= spec.uid < MAX_ID and 0 <= spec.gid < MAX_ID):
+        problems.append(f"--user: {spec.uid}:{spec.gid} is out of range")
+    unknown = set(spec.capabilities or ()) - set(DOCKER_CAPABILITIES)
+    if unknown:
+        problems.append(f"capabilities: {', '.join(sorted(unknown))} would be a way out, or unknown")
+    if min(spec.limits.memory_bytes, spec.limits.cpu_percent, spec.limits.pids) < 0:
+        problems.append("limits: are not negative")
+    for item in spec.publish:
+        if not 1 <= item.port <= MAX_PORT or not 0 <= item.host_port <= MAX_PORT:
+            problems.append(f"--publish {item.host_port}:{item.port}: is not [HOST_PORT:]PORT")
+    if problems:
+        raise InvalidInput("; ".join(problems))

@@ -18,47 +18,67 @@ from pathlib import Path
 import orjson
 
 from clawker_cp.engines.base import Sandbox
-from clawker_cp.engines.host.bubble import command_line
-from clawker_cp.engines.host.seccomp import socket_filter
+from clawker_cp.engines.host.bubble import command_line, sandbox_arguments
+from clawker_cp.engines.host.cgroups import read_mounts
+from clawker_cp.engines.host.seccomp import filter_program
 from clawker_cp.errors import NotFound, Unavailable
 
 STATUS_FILE = "status"
 START_LIMIT_S = 10.0
+POLL_S = 0.005
 UNKNOWN_EXIT = 137  # killed before it could say
+OWN_FAILURE = 125  # ruling R40: the sandbox could not be set up
+# Signals that a terminal or a shell sends to a whole job; others are for the command alone.
+GROUP_SIGNALS = frozenset(
+    {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT}
+)
 
 
 def launch(
-    sandbox: Sandbox, streams: tuple[int, int, int], *, masked: Sequence[Path], ca_dir: Path | None
+    sandbox: Sandbox,
+    streams: tuple[int, int, int],
+    *,
+    cgroups: Sequence[Path],
+    netns: Path,
+    masked: Sequence[Path],
+    ca_dir: Path | None,
 ) -> subprocess.Popen[bytes]:
     """
-    Start the stages of a sandbox on the given streams; returns at once.
+    Start the stages of a sandbox on the given streams; returns at once. Blocks for the fork.
     """
     status = os.open(sandbox.directory / STATUS_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-    seccomp = -1
+    opened = [status]
     try:
-        inherited = [status]
+        arguments = sandbox_arguments(sandbox, masked=masked, ca_dir=ca_dir, mounts=read_mounts())
+        args = _memory_file("arguments", b"".join(os.fsencode(word) + b"\0" for word in arguments))
+        opened.append(args)
+        seccomp = -1
         if sandbox.spec.seccomp:
-            seccomp = os.memfd_create("seccomp", 0)
-            os.write(seccomp, socket_filter())
-            os.lseek(seccomp, 0, os.SEEK_SET)
-            inherited.append(seccomp)
-        line = command_line(sandbox, masked=masked, ca_dir=ca_dir, status_fd=status, seccomp_fd=seccomp)
+            seccomp = _memory_file("filter", filter_program())
+            opened.append(seccomp)
+        line = command_line(sandbox, cgroups, netns, args_fd=args, status_fd=status, seccomp_fd=seccomp)
         return subprocess.Popen(
             line,
             stdin=streams[0],
             stdout=streams[1],
             stderr=streams[2],
-            pass_fds=inherited,
-            start_new_session=not sandbox.spec.tty,
+            pass_fds=opened,
+            start_new_session=True,
             cwd="/",
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
         )
     except OSError as error:
         raise Unavailable(f"cannot start a sandbox: {error.strerror}") from error
     finally:
-        os.close(status)
-        if seccomp >= 0:
-            os.close(seccomp)
+        for fd in opened:
+            os.close(fd)
+
+
+def _memory_file(name: str, data: bytes) -> int:
+    fd = os.memfd_create(name, 0)
+    os.write(fd, data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def status(sandbox: Sandbox) -> dict[str, int]:
@@ -81,22 +101,38 @@ def status(sandbox: Sandbox) -> dict[str, int]:
 def exit_code(sandbox: Sandbox, returned: int | None) -> int:
     """
     The command's exit code: from the status file, else from the process itself.
+
+    Without either it was killed from outside; a process that failed before the command is ours.
     """
     code = status(sandbox).get("exit-code")
     if code is not None:
         return code
     if returned is not None:
-        return 128 - returned if returned < 0 else returned
+        return 128 - returned if returned < 0 else OWN_FAILURE
     return UNKNOWN_EXIT
 
 
-async def wait_gone(pid: int) -> None:
+def start_time(pid: int) -> int:
     """
-    Wait until a process that need not be our child has ended.
+    When a process started, in clock ticks since boot; 0 when it is gone or only waits to be reaped.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in {"Z", "X"} else int(fields[19])
+
+
+async def wait_gone(pid: int, started: int = 0) -> None:
+    """
+    Wait until a process that need not be our child has ended; `started` tells it from a later one.
     """
     try:
         pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
+    except (ProcessLookupError, ValueError, OSError):
+        return
+    if started and start_time(pid) not in {0, started}:
+        os.close(pidfd)
         return
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
@@ -117,16 +153,17 @@ async def command_pid(sandbox: Sandbox) -> int:
     until = time.monotonic() + START_LIMIT_S
     while time.monotonic() < until:
         known = status(sandbox)
-        if "exit-code" in known:
+        if "exit-code" in known or not start_time(sandbox.pid):
             break
         init = known.get("child-pid")
         if init:
             children = _children(init)
-            if children:
+            # Before it leads a session it is still one of our stages.
+            if children and os.getpgid(children[0]) == children[0]:
                 return children[0]
-            if not Path(f"/proc/{init}").exists():
+            if not children and not start_time(init):
                 break
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(POLL_S)
     raise NotFound(f"sandbox {sandbox.id[:12]} has no running command")
 
 
@@ -139,9 +176,28 @@ def _children(pid: int) -> list[int]:
 
 def send(pid: int, number: int) -> None:
     """
-    Signal a process; gone is fine.
+    Signal a command: its whole job where a terminal would; gone is fine.
     """
     try:
-        os.kill(pid, signal.Signals(number))
-    except (ProcessLookupError, ValueError):
+        if number in GROUP_SIGNALS:
+            os.killpg(pid, number)
+        else:
+            os.kill(pid, number)
+    except (ProcessLookupError, OSError):
         return
+
+
+def kill_init(sandbox: Sandbox) -> None:
+    """
+    SIGKILL process 1 of the sandbox, with which the kernel ends all others; bwrap then tells the code.
+    """
+    init = status(sandbox).get("child-pid")
+    if init and sandbox.pid and start_time(init) and _parent(init) == sandbox.pid:
+        send(init, signal.SIGKILL)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

@@ -8,22 +8,29 @@ the gateway address, which is the one the kernel side admits.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
+
+import structlog
 
 from clawker_cp.engines.base import Publish
 from clawker_cp.errors import Conflict
 
+log = structlog.get_logger()
+
 CHUNK_BYTES = 65536
 CONNECT_LIMIT_S = 5.0
+CONNECTIONS_LIMIT = 512  # per port; further ones are closed at once
 
 
 class Publisher:
     """
-    Owns the listening sockets of all sandboxes.
+    Owns the listening sockets of all sandboxes, and closes connections with them.
     """
 
-    def __init__(self) -> None:
-        self._servers: dict[str, list[asyncio.Server]] = {}
+    def __init__(self, gateway: str) -> None:
+        self._gateway = gateway
+        self._ports: dict[str, list[_Port]] = {}
 
     async def publish(self, sandbox_id: str, address: str, ports: Sequence[Publish]) -> tuple[Publish, ...]:
         """
@@ -31,44 +38,74 @@ class Publisher:
         """
         made = []
         for item in ports:
+            port = _Port(self._gateway, address, item.port)
             try:
-                server = await asyncio.start_server(_forwarder(address, item.port), "127.0.0.1", item.host_port)
+                chosen = await port.open(item.host_port)
             except OSError as error:
                 await self.withdraw(sandbox_id)
-                raise Conflict(f"--publish: 127.0.0.1:{item.host_port} cannot be had: {error.strerror}") from error
-            self._servers.setdefault(sandbox_id, []).append(server)
-            made.append(Publish(server.sockets[0].getsockname()[1], item.port))
+                words = os.strerror(error.errno) if error.errno else str(error)
+                raise Conflict(f"--publish: 127.0.0.1:{item.host_port} cannot be had: {words}") from error
+            self._ports.setdefault(sandbox_id, []).append(port)
+            made.append(Publish(chosen, item.port))
         return tuple(made)
 
     async def withdraw(self, sandbox_id: str) -> None:
         """
-        Stop listening for a sandbox.
+        Stop listening for a sandbox and close what it has open.
         """
-        for server in self._servers.pop(sandbox_id, ()):
-            server.close()
+        for port in self._ports.pop(sandbox_id, ()):
+            port.close()
 
     async def aclose(self) -> None:
-        for sandbox_id in list(self._servers):
+        """
+        Stop listening for all.
+        """
+        for sandbox_id in list(self._ports):
             await self.withdraw(sandbox_id)
 
 
-def _forwarder(address: str, port: int):  # type: ignore[no-untyped-def]
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+class _Port:
+    """One listening socket and the connections that came through it."""
+
+    def __init__(self, gateway: str, address: str, port: int) -> None:
+        self._gateway = gateway
+        self._address = address
+        self._port = port
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def open(self, host_port: int) -> int:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", host_port)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._writers) >= 2 * CONNECTIONS_LIMIT:
+            writer.transport.abort()
+            return
+        self._writers.add(writer)
+        inner: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(CONNECT_LIMIT_S):
-                inner_reader, inner_writer = await asyncio.open_connection(address, port)
-        except (OSError, TimeoutError):
-            writer.close()
-            return
-        try:
+                inner_reader, inner = await asyncio.open_connection(
+                    self._address, self._port, local_addr=(self._gateway, 0)
+                )
+            self._writers.add(inner)
             async with asyncio.TaskGroup() as group:
-                group.create_task(_copy(reader, inner_writer), name="publish-in")
+                group.create_task(_copy(reader, inner), name="publish-in")
                 group.create_task(_copy(inner_reader, writer), name="publish-out")
+        except (OSError, TimeoutError) as error:
+            log.info("engines_publish_refused", address=self._address, port=self._port, error=str(error))
         finally:
-            inner_writer.close()
-            writer.close()
-
-    return serve
+            for end in (writer, inner):
+                if end is not None:
+                    self._writers.discard(end)
+                    end.close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
