@@ -1,3 +1,3 @@
 """
-What every long-running part needs: an entry point on uvloop, and supervised tasks.
+What every long-running part needs: an entry point on uvloop, supervised tasks, time, health and events.
 """
