@@ -12,6 +12,7 @@ import asyncio
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from clawker_cp.testing.world import HostNamespace, World
 
 NOT_SUPPORTED = 3
+INTERRUPTED = 130
 STEP_LIMIT_S = 90.0
 TOOLS = {
     "ip": "iproute2", "nft": "nftables", "bwrap": "bubblewrap", "curl": "curl", "bash": "bash",
@@ -213,6 +215,10 @@ async def tour() -> list[str]:
     """
     from clawker_cp.testing.world import HostNamespace, World
 
+    task = asyncio.current_task()
+    if task is not None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with HostNamespace() as host, World(host) as world:
         return await Tour(host, world).run()
 
@@ -230,7 +236,11 @@ def main(_argv: Sequence[str] = ()) -> int:
     started = time.monotonic()
     click.echo("clawker-cp decides in the kernel, by name, what a program can reach, and says what it decided.")
     click.echo("All of this happens in namespaces of its own, with an Internet made for the occasion.")
-    surprises = run_main(tour())
+    try:
+        surprises = run_main(tour())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        click.echo("\nInterrupted; everything is removed.", err=True)
+        return INTERRUPTED
     _heading("Now your own program", "On this host, with your network. First see what it needs, then allow just that:")
     command = str(Path(sys.executable).parent / "clawker-cp")
     click.echo(f"  sudo {command} run --learn --learn-to rules.yaml -- YOUR-PROGRAM")
