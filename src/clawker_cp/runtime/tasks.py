@@ -44,18 +44,14 @@ async def supervise(
         watch = asyncio.get_running_loop().create_task(part.watch(), name=f"{name}-stable")
         try:
             await factory()
+            part.recovered()
+            return
         except Exception as error:
-            watch.cancel()
             part.failed(error, critical=critical)
             if critical:
                 raise
-        else:
+        finally:
             watch.cancel()
-            part.recovered()
-            return
-        except BaseException:
-            watch.cancel()
-            raise
         await clock.sleep(part.next_pause())
 
 
