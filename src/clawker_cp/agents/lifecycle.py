@@ -9,9 +9,10 @@ module owns the order and undoing half a start.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -27,17 +28,22 @@ END_LIMIT_S = 15.0
 class SandboxLike(Protocol):
     """What the engine tells of a sandbox it made."""
 
-    id: str
-    project: str
-    agent: str
-    address: str
-    cgroup_id: int
+    @property
+    def id(self) -> str: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def agent(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def cgroup_id(self) -> int: ...
 
 
 class SandboxEngine(Protocol):
     """The part of the host engine that a life needs."""
 
-    async def create(self, spec: Any) -> SandboxLike: ...
+    async def create(self, spec: Any) -> Any: ...
     async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None: ...
     async def wait(self, sandbox_id: str) -> int: ...
     async def signal(self, sandbox_id: str, signo: int) -> None: ...
@@ -54,7 +60,7 @@ class PolicyControl(Protocol):
 class Enforcement(Protocol):
     """The kernel side of one agent: row, published ports, direct paths."""
 
-    async def enroll(self, agent: EnrolledAgent, sandbox: SandboxLike) -> None: ...
+    async def enroll(self, agent: EnrolledAgent, sandbox: Any) -> None: ...
     async def withdraw(self, agent: EnrolledAgent) -> None: ...
 
 
@@ -197,11 +203,12 @@ class SandboxLives:
         done = self._ending[agent.id] = asyncio.Event()
         # Death first, then the kernel row, then the rules: never a moment in which a living
         # process has less of a policy than before.
-        for step in (
-            lambda: self._engine.remove(agent.id, force=True, grace_s=grace_s),
-            lambda: self._withdraw(agent),
-            lambda: self._policy.drop_ephemeral(agent.key),
-        ):
+        steps: tuple[Callable[[], Awaitable[None]], ...] = (
+            partial(self._engine.remove, agent.id, force=True, grace_s=grace_s),
+            partial(self._withdraw, agent),
+            partial(self._policy.drop_ephemeral, agent.key),
+        )
+        for step in steps:
             try:
                 async with asyncio.timeout(END_LIMIT_S + grace_s):
                     await step()

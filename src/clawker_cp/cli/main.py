@@ -45,9 +45,8 @@ class ErrorsAsLines(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            if ctx.invoked_subcommand == "run":
-                error.exit_code = OWN_FAILURE
-            raise
+            error.show()
+            ctx.exit(OWN_FAILURE if ctx.invoked_subcommand == "run" else error.exit_code)
         except ClawkerError as error:
             click.echo(f"clawker-cp: {error.message}", err=True)
             if error.hint:

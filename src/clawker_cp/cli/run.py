@@ -130,7 +130,7 @@ class RunClient:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
             for number in FORWARDED:
-                loop.add_signal_handler(number, lambda n=number: group.create_task(self._forward(n), name="run-signal"))
+                loop.add_signal_handler(number, self._on_signal, group, number)
             try:
                 return await self._events(streams, bridge)
             finally:
@@ -186,6 +186,9 @@ class RunClient:
         elif event == "exit":
             return int(message["code"])
         return None
+
+    def _on_signal(self, group: asyncio.TaskGroup, number: int) -> None:
+        group.create_task(self._forward(number), name="run-signal")
 
     async def _forward(self, number: int) -> None:
         if not self._sandbox_id:
@@ -281,7 +284,7 @@ Examples:
 @click.option("--verbose", is_flag=True, help="Print every decision, also repeated ones.")
 @click.argument("command", metavar="COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.pass_context
-def run(context: click.Context, **options: Any) -> None:
+def run(context: click.Context, /, **options: Any) -> None:
     request = build_request(options, os.environ)
     output = Output(options["as_json"], options["quiet"], options["verbose"], options["learn_to"])
     client = RunClient(Directories.from_environment(os.environ), request, output)

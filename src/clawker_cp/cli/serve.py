@@ -14,6 +14,7 @@ import click
 import orjson
 
 from clawker_cp.app import ControlPlane, load_configuration, preflight
+from clawker_cp.cli.check import check
 from clawker_cp.errors import ClawkerError
 from clawker_cp.runtime.runner import run_until_signal
 
@@ -43,7 +44,7 @@ def serve(
     try:
         settings, directories = load_configuration(config_dir=config_dir, data_dir=data_dir)
         if only_check:
-            context.invoke(context.parent.command.commands["check"], as_json=False)  # type: ignore[union-attr, attr-defined]
+            context.invoke(check, as_json=False)
             return
         control_plane = ControlPlane(
             settings, directories, preflight(settings, directories), log_dir=log_dir, ephemeral=ephemeral

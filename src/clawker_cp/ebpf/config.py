@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 from dataclasses import dataclass
+from typing import Protocol
 
 from clawker_cp._fast import bpfmap
 
@@ -112,6 +113,17 @@ class NameRow:
     addr: bytes
     identity: int
     expires_ns: int
+
+
+class NameRowLike(Protocol):
+    """What `Manager.update_dns` reads of a row: `NameRow`, or the gate's own."""
+
+    @property
+    def addr(self) -> bytes: ...
+    @property
+    def identity(self) -> int: ...
+    @property
+    def expires_ns(self) -> int: ...
 
 
 def mapped(address: str) -> bytes:

@@ -20,7 +20,7 @@ import structlog
 from clawker_cp import accel
 from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf import routes
-from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRow, mapped_prefix, unmapped
+from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRowLike, mapped_prefix, unmapped
 from clawker_cp.errors import CapacityExceeded, Conflict, Unavailable, Unsupported
 
 log = structlog.get_logger()
@@ -272,7 +272,7 @@ class Manager:
 
     # -- names --------------------------------------------------------------------------------
 
-    def update_dns(self, cgroup_id: int, rows: Sequence[NameRow]) -> None:
+    def update_dns(self, cgroup_id: int, rows: Sequence[NameRowLike], /) -> None:
         """
         Record which name an agent was told for an address, before it is told (I7).
 

@@ -9,7 +9,7 @@ becomes valid with one word (ruling R10).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,42 +23,63 @@ NO_RULE = 0xFFFFFFFF
 class RouteLike(Protocol):
     """`firewall.plan.RouteRow`."""
 
-    policy: int
-    identity: int
-    port: int
-    l4: int
-    action: int
-    proxy_port: int
-    rule: int
-    expires_at: float
+    @property
+    def policy(self) -> int: ...
+    @property
+    def identity(self) -> int: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def l4(self) -> int: ...
+    @property
+    def action(self) -> int: ...
+    @property
+    def proxy_port(self) -> int: ...
+    @property
+    def rule(self) -> int: ...
+    @property
+    def expires_at(self) -> float: ...
 
 
 class SpanLike(Protocol):
     """`firewall.plan.Span`."""
 
-    low: int
-    high: int
-    action: int
-    proxy_port: int
-    rule: int
-    expires_at: float
+    @property
+    def low(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+    @property
+    def action(self) -> int: ...
+    @property
+    def proxy_port(self) -> int: ...
+    @property
+    def rule(self) -> int: ...
+    @property
+    def expires_at(self) -> float: ...
 
 
 class CidrLike(Protocol):
     """`firewall.plan.CidrRow`."""
 
-    policy: int
-    l4: int
-    prefix: IPNetwork
-    spans: tuple[SpanLike, ...]
+    @property
+    def policy(self) -> int: ...
+    @property
+    def l4(self) -> int: ...
+    @property
+    def prefix(self) -> IPNetwork: ...
+    @property
+    def spans(self) -> Sequence[SpanLike]: ...
 
 
 class ProxyPortLike(Protocol):
     """`firewall.plan.ProxyPort`."""
 
-    policy: int
-    l4: int
-    port: int
+    @property
+    def policy(self) -> int: ...
+    @property
+    def l4(self) -> int: ...
+    @property
+    def port(self) -> int: ...
 
 
 Rows = dict[bytes, bytes]

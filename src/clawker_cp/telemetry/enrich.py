@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from clawker_cp.accel import KernelEvent
 from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, DNS, KERNEL, PROXY, REDIRECTED, Flow
 
 # Equal enum clawker_reason of bpf/clawker_abi.h; a test compares.
@@ -40,46 +41,37 @@ SOCK_RAW = 3
 class Who(Protocol):
     """The agent a record belongs to."""
 
-    id: str
-    project: str
-    agent: str
-
-
-class KernelRecord(Protocol):
-    """`accel.KernelEvent`."""
-
-    ktime_ns: int
-    cgroup_id: int
-    sequence: int
-    addr: bytes
-    identity: int
-    policy: int
-    rule: int
-    uid: int
-    pid: int
-    port: int
-    proxy_port: int
-    verdict: int
-    reason: int
-    hook: int
-    protocol: int
-    type: int
-    flags: int
+    @property
+    def id(self) -> str: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def agent(self) -> str: ...
 
 
 class DnsRecordLike(Protocol):
     """`dns.ports.DnsRecord`."""
 
-    event_id: str
-    time_ns: int
-    policy: int
-    name: str
-    qtype: int
-    verdict: str
-    reason: str
-    rule_id: str
-    answers: tuple[bytes, ...]
-    duration_ns: int
+    @property
+    def event_id(self) -> str: ...
+    @property
+    def time_ns(self) -> int: ...
+    @property
+    def policy(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def qtype(self) -> int: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def rule_id(self) -> str: ...
+    @property
+    def answers(self) -> tuple[bytes, ...]: ...
+    @property
+    def duration_ns(self) -> int: ...
 
 
 def address_text(addr: bytes) -> str:
@@ -101,7 +93,7 @@ def monotonic_offset_ns() -> int:
 
 
 def from_kernel(
-    event: KernelRecord,
+    event: KernelEvent,
     who: Who | None,
     *,
     offset_ns: int,

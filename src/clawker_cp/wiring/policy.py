@@ -169,7 +169,7 @@ class PolicyService:
 
     # -- what the gate asks -------------------------------------------------------------------
 
-    def decide(self, policy: int, name: str) -> NameVerdict:
+    def decide(self, policy: int, name: str, /) -> NameVerdict:
         """
         Judge a name for a policy number; before the first plan nothing is allowed.
         """
@@ -177,7 +177,7 @@ class PolicyService:
             return NameVerdict(False, "not_allowed")
         return self._tables.decide(policy, name)
 
-    def for_proxy(self, name: str) -> NameVerdict | None:
+    def for_proxy(self, name: str, /) -> NameVerdict | None:
         """
         The strictest verdict that lets the proxy resolve a name, in the plan in force or being applied.
         """
@@ -189,7 +189,7 @@ class PolicyService:
                     found = verdict
         return found
 
-    async def prepare(self, policy: int, name: str, verdict: NameVerdict) -> NameVerdict:
+    async def prepare(self, policy: int, name: str, _verdict: object, /) -> NameVerdict:
         """
         Give a name below a wildcard the listener or certificate it needs, then judge again.
 
