@@ -153,8 +153,21 @@ def _status(operator: str, value: int) -> dict[str, Any]:
 def local_replies() -> dict[str, Any]:
     """Return what answers of the proxy itself look like; answers of origins are never touched."""
     of_route = ("%METADATA(ROUTE:clawker:reason)%", "%METADATA(ROUTE:clawker:rule)%")
+    upgrade = {
+        "extension_filter": {
+            "name": "envoy.access_loggers.extension_filters.cel",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                "expression": "response.code_details == 'upgrade_failed'"
+                " && xds.route_metadata.filter_metadata['clawker']['action'] == 'allowed'",
+            },
+        }
+    }
+    refused_upgrade = {"and_filter": {"filters": [_status("EQ", 403), upgrade]}}
     return {
         "mappers": [
+            # The route would have let an ordinary request pass; the manager refused the upgrade.
+            {"filter": refused_upgrade, "body_format_override": _body("egress_denied", "request_refused", of_route[1])},
             {"filter": _status("EQ", 403), "body_format_override": _body("egress_denied", *of_route)},
             {
                 "filter": _status("GE", 500),

@@ -211,8 +211,8 @@ def _policy_files(
     files: dict[str, ConfigFile] = {}
     for tls in (True, False):
         name = route_config_name(policy.id, tls=tls)
-        hosts = VirtualHosts(policy, stems, tls=tls, quic_port_of=with_quic).build()
-        resource = _dump(ROUTES, route_config(name, hosts))
+        hosts = VirtualHosts(policy, stems, tls=tls, quic_port_of=with_quic)
+        resource = _dump(ROUTES, route_config(name, hosts.build(), quic_port=hosts.common_quic_port))
         files[f"{name}.json"] = _file({name: resource}, f"http.egress_p{policy.id}.rds.{name}")
     for shard in range(SHARDS):
         name = secret_name(policy.id, shard)

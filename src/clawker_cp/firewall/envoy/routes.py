@@ -8,8 +8,11 @@ records and refusals name. A host that no virtual host takes ends at `deny_all`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+
+import orjson
 
 from clawker_cp.firewall.plan import UDP, DeniedHost, HttpOrigin, PathEntry, PathPolicy, Policy
 
@@ -52,14 +55,10 @@ def _forward(match: Json, cluster: str, rule: str, *, upgrade: bool = False) -> 
 _ANY_PATH: Json = {"prefix": "/"}
 
 # An upgrade is what the connection manager takes for one: both headers. HTTP/2's extended CONNECT
-# arrives here in the same form.
-_UPGRADE: list[Json] = [
-    {"name": "upgrade", "present_match": True},
-    {"name": "connection", "string_match": {"contains": "upgrade", "ignore_case": True}},
-]
+# arrives here in the same form. Upgrades that no such route takes are refused by the manager.
 _WEBSOCKET: list[Json] = [
     {"name": "upgrade", "string_match": {"exact": "websocket", "ignore_case": True}},
-    _UPGRADE[1],
+    {"name": "connection", "string_match": {"contains": "upgrade", "ignore_case": True}},
 ]
 
 
@@ -118,16 +117,11 @@ def origin_routes(origin: HttpOrigin) -> Iterator[Json]:
     def cluster(policy: PathPolicy, *, upgrade: bool) -> str:
         return cluster_of(tls=origin.tls, upgrade=upgrade, insecure=policy.insecure or origin.insecure)
 
-    rule = (origin.http or origin.ws or _NOBODY).rule_id
     if origin.ws is not None:
         yield from _judge(origin.ws, cluster(origin.ws, upgrade=True), _WEBSOCKET, upgrade=True)
-    yield _refuse(_with(_ANY_PATH, _UPGRADE), "request_refused", rule)
     ordinary = origin.http or origin.ws
     if ordinary is not None:
         yield from _judge(ordinary, cluster(ordinary, upgrade=False), [], upgrade=False)
-    # `OPTIONS *` has no path to judge; it is for the origin as a whole.
-    if ordinary is not None and not ordinary.reads_paths:
-        yield _forward({"path": "*"}, cluster(ordinary, upgrade=False), rule)
 
 
 _NOBODY = PathPolicy("", (), default_allow=False)
@@ -182,6 +176,32 @@ def address_host(base: str) -> str:
     return f"[{base}]" if ":" in base else base
 
 
+@lru_cache(maxsize=16384)
+def _origin_host(origin: HttpOrigin, stem: str, apex: bool, alternative: bool) -> orjson.Fragment:
+    """
+    Return the virtual host of an origin as JSON.
+
+    Remembered, since the next build has the same origins but for the few that changed.
+    """
+    rule = (origin.http or origin.ws or _NOBODY).rule_id
+    routes = [_sni_check(origin.base, origin.wildcard)] if origin.tls else []
+    if origin.wildcard:
+        routes.append(_authority_check(rule))
+    if is_here(origin.base):
+        routes.append(_refuse(_ANY_PATH, "host_not_allowed", rule))
+    else:
+        routes += origin_routes(origin)
+    name = f"{stem}_{origin.port}"
+    host: Json = {
+        "name": f"wildcard_{name}" if origin.wildcard else name,
+        "domains": _domains(origin.base, origin.wildcard, origin.port, tls=origin.tls, apex=apex),
+        "routes": routes,
+    }
+    if alternative:
+        host["response_headers_to_add"] = alternative_service(origin.port)
+    return orjson.Fragment(orjson.dumps(host))
+
+
 class VirtualHosts:
     """The virtual hosts of one policy and side (TLS or plain)."""
 
@@ -198,10 +218,14 @@ class VirtualHosts:
         self._apex |= {(one.base, port) for one in self._denied if not one.wildcard for port in self._ports(one)}
         if tls:
             self._apex |= {(one.base, one.port) for one in policy.passthrough if not one.wildcard}
+        # The port all origins have HTTP/3 on, so that it can be said once; None = said per origin.
+        ports = {origin.port for origin in self._origins}
+        same = self._quic and len(ports) == 1 and not self._udp and not self._denied
+        self.common_quic_port = next(iter(ports)) if same else None
 
-    def build(self) -> list[Json]:
+    def build(self) -> list[Json | orjson.Fragment]:
         """Return all virtual hosts, `deny_all` last."""
-        hosts = [self._origin(one) for one in self._origins]
+        hosts: list[Json | orjson.Fragment] = [self._origin(one) for one in self._origins]
         for one in self._denied:
             hosts += self._denial(one)
         hosts += [self._everything()]
@@ -212,28 +236,10 @@ class VirtualHosts:
             return denied.ports
         return tuple(sorted({*self._policy.http_ports, DEFAULT_PORTS[self._tls]}))
 
-    def _origin(self, origin: HttpOrigin) -> Json:
-        rule = (origin.http or origin.ws or _NOBODY).rule_id
-        routes = [_sni_check(origin.base, origin.wildcard)] if self._tls else []
-        if origin.wildcard:
-            routes.append(_authority_check(rule))
-        if is_here(origin.base):
-            routes.append(_refuse(_ANY_PATH, "host_not_allowed", rule))
-        else:
-            routes += origin_routes(origin)
-        name = f"{self._stems[origin.base]}_{origin.port}"
+    def _origin(self, origin: HttpOrigin) -> orjson.Fragment:
         apex = (origin.base, origin.port) not in self._apex
-        host: Json = {
-            "name": f"wildcard_{name}" if origin.wildcard else name,
-            "domains": _domains(origin.base, origin.wildcard, origin.port, tls=self._tls, apex=apex),
-            "routes": routes,
-        }
-        if self._quic and (origin.base, origin.port) not in self._udp:
-            value = f'h3=":{origin.port}"; ma=86400'
-            host["response_headers_to_add"] = [
-                {"header": {"key": "alt-svc", "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-            ]
-        return host
+        told = self._quic and self.common_quic_port is None and (origin.base, origin.port) not in self._udp
+        return _origin_host(origin, self._stems[origin.base], apex, told)
 
     def _denial(self, denied: DeniedHost) -> Iterator[Json]:
         kind = "deny_wildcard" if denied.wildcard else "deny"
@@ -261,11 +267,19 @@ class VirtualHosts:
         return {"name": "deny_all", "domains": ["*"], "routes": routes}
 
 
-def route_config(name: str, hosts: list[Json]) -> Json:
+def alternative_service(port: int) -> list[Json]:
+    """Return the header that tells clients of HTTP/3 on a port."""
+    header = {"key": "alt-svc", "value": f'h3=":{port}"; ma=86400'}
+    return [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
+
+
+def route_config(name: str, hosts: Sequence[Json | orjson.Fragment], *, quic_port: int | None = None) -> Json:
     """Return a route configuration as it stands in a file or inside a listener."""
+    added = {"response_headers_to_add": alternative_service(quic_port)} if quic_port else {}
     return {
+        **added,
         "name": name,
-        "virtual_hosts": hosts,
+        "virtual_hosts": list(hosts),
         "request_headers_to_remove": list(NOT_FORWARDED),
         "validate_clusters": False,
         "ignore_port_in_host_matching": False,

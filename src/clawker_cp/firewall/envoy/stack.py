@@ -25,6 +25,7 @@ from clawker_cp.firewall.envoy.files import ConfigDirectory, replace_file, writi
 from clawker_cp.firewall.envoy.judging import static_configuration
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary
 from clawker_cp.firewall.envoy.resources import CDS, LDS, ConfigFile, Resources, bootstrap, build_resources
+from clawker_cp.firewall.envoy.watches import ensure_watches
 from clawker_cp.firewall.inspection import Leaf
 from clawker_cp.firewall.plan import Plan
 
@@ -286,6 +287,7 @@ class EnvoyStack:
     # -- inner -------------------------------------------------------------------------------
 
     def _build(self, plan: Plan) -> Resources:
+        ensure_watches(len(plan.policies))
         return build_resources(plan, self._certificates.leaves(plan), self._options, self._resources)
 
     async def _replace(self, files: Mapping[str, ConfigFile]) -> None:
