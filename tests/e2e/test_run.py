@@ -144,7 +144,7 @@ async def test_a_sandbox_sees_nothing_of_the_host(machine: Machine) -> None:
     """No host socket, BPF file system, cgroup file system, secret or process is visible inside."""
     code = """
 import os
-print(sorted(os.listdir("/run")), os.path.exists("/sys/fs/bpf"), os.path.exists("/sys/fs/cgroup"))
+print([n for n in os.listdir("/run") if os.listdir("/run/" + n)], os.path.exists("/sys/fs/bpf"), os.path.exists("/sys/fs/cgroup"))
 print(os.path.exists("/etc/shadow"), os.path.exists("/var/run/docker.sock"), os.getuid() != 0)
 print(all(int(p) < 50 for p in os.listdir("/proc") if p.isdigit()))
 for name in ("state", "data", "config"):
