@@ -115,6 +115,8 @@ static __always_inline int outgoing4(struct bpf_sock_addr *ctx, __u8 hook)
 	const __u8 *target;
 
 	want_from4(&w, ctx, transport(ctx));
+	if (hook == CLAWKER_H_SENDMSG4)
+		as_connected(ctx, &w);
 	if (judge(ctx, &w, &d, &target, hook, AF_INET) == CLAWKER_REFUSE)
 		return CLAWKER_REFUSE;
 	if (target)
@@ -129,6 +131,8 @@ static __always_inline int outgoing6(struct bpf_sock_addr *ctx, __u8 hook)
 	const __u8 *target;
 
 	want_from6(&w, ctx, transport(ctx));
+	if (hook == CLAWKER_H_SENDMSG6)
+		as_connected(ctx, &w);
 	if (judge(ctx, &w, &d, &target, hook, AF_INET6) == CLAWKER_REFUSE)
 		return CLAWKER_REFUSE;
 	if (target)

@@ -136,6 +136,26 @@ static __always_inline bool asked_for(struct bpf_sock_addr *ctx, const struct cl
 	return false;
 }
 
+/*
+ * A datagram sent on a connected IPv6 socket with a mapped peer passes the sendmsg hook with the
+ * address that connect() was redirected to: judge what the application asked for then.
+ */
+static __always_inline void as_connected(struct bpf_sock_addr *ctx, struct clawker_want *w)
+{
+	struct clawker_socket *storage = ctx->sk ? bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0) : NULL;
+
+	if (!storage || !storage->peer.port)
+		return;
+	for (int i = 0; i < CLAWKER_NAT; i++) {
+		if (same_endpoint(&storage->nat[i].real, w->addr, w->port) &&
+		    same_endpoint(&storage->nat[i].asked, storage->peer.addr, storage->peer.port)) {
+			__builtin_memcpy(w->addr, storage->peer.addr, 16);
+			w->port = storage->peer.port;
+			return;
+		}
+	}
+}
+
 static __always_inline bool peer_of(struct bpf_sock_addr *ctx, struct clawker_endpoint *peer)
 {
 	struct clawker_socket *storage = ctx->sk ? bpf_sk_storage_get(&flow_map, ctx->sk, NULL, 0) : NULL;

@@ -65,7 +65,7 @@ def libbpf_version() -> str:
     """
     Version of the libbpf this process runs on.
     """
-    from clawker_cp._fast.bpfmap import libbpf_version as version  # noqa: PLC0415 - not needed by pure builds
+    from clawker_cp._fast.bpfmap import libbpf_version as version
 
     return version()
 

@@ -79,9 +79,7 @@ class PreflightRow:
         }
 
 
-def load_configuration(
-    *, config_dir: Path | None = None, data_dir: Path | None = None
-) -> tuple[Settings, Directories]:
+def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None = None) -> tuple[Settings, Directories]:
     """
     Settings and directories of this process, flags over environment.
     """

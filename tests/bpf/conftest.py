@@ -1,25 +1,17 @@
-"""Shared by the tests of the kernel side: the loaded test object, and what makes a skip earned."""
+"""Shared by the tests of the kernel side: the compiled decisions, and agents with real sockets."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
+
 from clawker_cp.testing.bpf_cases import Decisions, built
+from clawker_cp.testing.socket_world import SocketWorld
 
 
 @pytest.fixture(scope="session")
-def needs_kernel() -> None:
-    """Skip without the privilege; with CLAWKER_CP_REQUIRE_BPF=1 that is a failure."""
-    if os.geteuid() != 0:
-        if os.environ.get("CLAWKER_CP_REQUIRE_BPF") == "1":
-            pytest.fail("CLAWKER_CP_REQUIRE_BPF is set, but this is not root")
-        pytest.skip("needs root to load BPF programs")
-
-
-@pytest.fixture(scope="session")
-def loaded(needs_kernel: None) -> Iterator[Decisions]:
+def loaded() -> Iterator[Decisions]:
     """The compiled decisions, loaded once."""
     built()
     decisions = Decisions()
@@ -29,12 +21,27 @@ def loaded(needs_kernel: None) -> Iterator[Decisions]:
 
 @pytest.fixture
 def kernel(loaded: Decisions) -> Decisions:
-    """The compiled decisions with empty route tables."""
+    """The compiled decisions with empty tables."""
     loaded.next_generation()
     for name in ("reserved_map", "dns_cache", "inbound_map", "inbound_flow", "state_map", "metrics_map"):
-        for key in loaded.maps[name].keys():
+        for key in loaded.maps[name].all_keys():
             loaded.maps[name].delete(key)
     loaded.events()
     loaded.state(0)
     loaded.state(5)
     return loaded
+
+
+@pytest.fixture(scope="module")
+def whole_world() -> Iterator[SocketWorld]:
+    """Programs attached to a cgroup of this module's own, an agents' network and an outside."""
+    with SocketWorld() as made:
+        yield made
+
+
+@pytest.fixture
+def world(whole_world: SocketWorld) -> Iterator[SocketWorld]:
+    """The world with no agents, no rules, nothing received and nothing recorded yet."""
+    whole_world.reset()
+    yield whole_world
+    whole_world.remove_agents()

@@ -13,8 +13,6 @@ import json
 import os
 import socket
 import struct
-import sys
-import threading
 import time
 
 OUT = ("198.51.100.10", 443)
@@ -340,7 +338,12 @@ def engine_resolver_port():
 
 @attempt("35")
 def host_unix_sockets():
-    for path in ("/run/docker.sock", "/var/run/docker.sock", "/run/dbus/system_bus_socket", "/run/containerd/containerd.sock"):
+    for path in (
+        "/run/docker.sock",
+        "/var/run/docker.sock",
+        "/run/dbus/system_bus_socket",
+        "/run/containerd/containerd.sock",
+    ):
         s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             s.connect(path)
@@ -384,7 +387,19 @@ def own_mac():
 
 def ip_packet(source, destination):
     body = struct.pack("!HHHH", 4000, 5000, 8 + len(MARK), 0) + MARK
-    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 1, 0, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(destination))
+    head = struct.pack(
+        "!BBHHHBBH4s4s",
+        0x45,
+        0,
+        20 + len(body),
+        1,
+        0,
+        64,
+        17,
+        0,
+        socket.inet_aton(source),
+        socket.inet_aton(destination),
+    )
     total = sum(struct.unpack("!10H", head))
     total = (total & 0xFFFF) + (total >> 16)
     return head[:10] + struct.pack("!H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + head[12:] + body
@@ -404,7 +419,10 @@ def main():
             result = f"{errno.errorcode.get(error.errno or 0, 'OSError')}: {error}"
         except Exception as error:  # noqa: BLE001 - anything else is reported, never hidden
             result = f"through? {type(error).__name__}: {error}"
-        print(json.dumps({"row": row, "name": name, "result": result, "s": time.monotonic() - started, "fast": fast}), flush=True)
+        print(
+            json.dumps({"row": row, "name": name, "result": result, "s": time.monotonic() - started, "fast": fast}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ cdef class BpfMap:
         check(rc, f"delete {count} rows of {self.name}")
         return done
 
-    def keys(self) -> list:
+    def all_keys(self) -> list:
         """All keys at this moment; rows that come and go meanwhile may be missed or seen."""
         cdef bytes last = None
         cdef bytes following
@@ -215,8 +215,11 @@ cdef class BpfMap:
             found.append(following)
             last = following
 
+    def __iter__(self):
+        return iter(self.keys())
+
     def items(self) -> list:
-        return [(key, value) for key in self.keys() if (value := self.get(key)) is not None]
+        return [(key, value) for key in self.all_keys() if (value := self.get(key)) is not None]
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -88,9 +88,7 @@ class SandboxLives:
     undoes what was done.
     """
 
-    def __init__(
-        self, engine: SandboxEngine, policy: PolicyControl, enforcement: Enforcement, roster: Roster
-    ) -> None:
+    def __init__(self, engine: SandboxEngine, policy: PolicyControl, enforcement: Enforcement, roster: Roster) -> None:
         self._engine = engine
         self._policy = policy
         self._enforcement = enforcement

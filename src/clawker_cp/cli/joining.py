@@ -99,9 +99,7 @@ async def _start_server(directories: Directories) -> None:
         server.poll()
         server.returncode = server.returncode if server.returncode is not None else 0
     if not line:
-        raise ServerRefused(
-            "the server ended before it was ready", hint=f"its output is in {logs / 'server.out'}"
-        )
+        raise ServerRefused("the server ended before it was ready", hint=f"its output is in {logs / 'server.out'}")
     answer = orjson.loads(line)
     if not answer.get("ready"):
         raise ServerRefused(answer.get("message", "unknown"), code=answer.get("code"), hint=answer.get("hint"))

@@ -6,7 +6,6 @@ Each raises `InvalidInput` naming the option and the fix. Called by `cli.run` on
 
 from __future__ import annotations
 
-import os
 import pwd
 import re
 import secrets
@@ -137,7 +136,7 @@ def resolve_workdir(text: str | None) -> Path:
     """
     The directory that is mounted writable and in which the command starts.
     """
-    path = Path(text).expanduser() if text else Path(os.getcwd())
+    path = Path(text).expanduser() if text else Path.cwd()
     if not path.is_dir():
         raise InvalidInput(f"--workdir: {path} is not a directory")
     return path.resolve()

@@ -128,7 +128,7 @@ class Manager:
         if adopted:
             self._adopt_rows()
         log.info("pins_adopted" if adopted else "ebpf_loaded", pin_dir=str(self._pin_dir))
-        return LoadReport(adopted, replaced, len(self._maps["container_map"].keys()))
+        return LoadReport(adopted, replaced, len(self._maps["container_map"].all_keys()))
 
     def close(self) -> None:
         """
@@ -190,10 +190,10 @@ class Manager:
         self._maps["container_map"].delete(key)
         self._maps["state_map"].delete(key)
         self.forget_names(cgroup_id)
-        for row in self._maps["inbound_map"].keys():
+        for row in self._maps["inbound_map"].all_keys():
             if bpfmap.unpack_inbound(row)[0] == cgroup_id:
                 self._maps["inbound_map"].delete(row)
-        for row in self._maps["metrics_map"].keys():
+        for row in self._maps["metrics_map"].all_keys():
             if bpfmap.unpack_metric_key(row)[0] == cgroup_id:
                 self._maps["metrics_map"].delete(row)
 
@@ -226,7 +226,7 @@ class Manager:
         """
         Say who may connect to which TCP ports of an agent; earlier ports are closed.
         """
-        for row in self._maps["inbound_map"].keys():
+        for row in self._maps["inbound_map"].all_keys():
             owner, port = bpfmap.unpack_inbound(row)
             if owner == cgroup_id and port not in ports:
                 self._maps["inbound_map"].delete(row)
@@ -266,7 +266,7 @@ class Manager:
         reserved = self._maps["reserved_map"]
         for key in wanted:
             reserved.put(key, b"\1\0\0\0")
-        for key in reserved.keys():
+        for key in reserved.all_keys():
             if key not in wanted:
                 reserved.delete(key)
 
@@ -361,7 +361,7 @@ class Manager:
         """
         states = [bpfmap.unpack_state(row) for _key, row in self._maps["state_map"].items()]
         return {
-            "agents": len(self._maps["container_map"].keys()),
+            "agents": len(self._maps["container_map"].all_keys()),
             "names": sum(len(names.rows) for names in self._names.values()),
             "rows": len(self._table),
             "generation": self._generation,

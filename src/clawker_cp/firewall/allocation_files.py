@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +84,7 @@ class AllocationFiles:
         log.error("allocations_corrupt", path=str(path), cause=why)
         corrupt.append(why)
         with contextlib.suppress(OSError):
-            os.replace(path, path.with_name(path.name + ".corrupt"))
+            path.replace(path.with_name(path.name + ".corrupt"))
         return empty
 
     def save(self, allocations: Allocations) -> bool:

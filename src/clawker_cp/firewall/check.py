@@ -108,10 +108,7 @@ class Checker:
     def check(self, request: Request) -> Verdict:
         """Judge one request; raises `InvalidInput` naming the field that makes no sense."""
         asked = _fill(request)
-        if asked.destination.kind is Kind.NAME:
-            verdict = self._name(asked)
-        else:
-            verdict = self._address(asked)
+        verdict = self._name(asked) if asked.destination.kind is Kind.NAME else self._address(asked)
         if verdict.allowed:
             return verdict
         near = None if verdict.rule is not None and verdict.rule.is_deny else self._near_miss(asked)

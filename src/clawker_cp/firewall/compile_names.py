@@ -242,10 +242,7 @@ class NameCompiler:
                 continue
             identity = self._allocator.identity(name)
             self._part.concrete[name] = identity
-            if name in self._index.by_base:
-                candidates = self._index.candidates(name)
-            else:
-                candidates = self._candidates_below(name)
+            candidates = self._index.candidates(name) if name in self._index.by_base else self._candidates_below(name)
             self._own_rows(identity, decide_ports(candidates), name)
 
     def _candidates_below(self, name: str) -> list[Candidate]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from clawker_cp.accel import NameMatcher
-
 from clawker_cp.firewall.plan import IDENTITY_BYPASS, NameClass, NameVerdict, Plan, Policy
 
 NOT_ALLOWED = NameVerdict(False, "not_allowed")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,7 +116,7 @@ class _File:
     def start_over(self, stamp: str) -> None:
         """Keep an unreadable file under another name and begin an empty one."""
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, self.path.with_name(f"{self.path.name}.broken-{stamp}"))
+            self.path.rename(self.path.with_name(f"{self.path.name}.broken-{stamp}"))
             sync_directory(self.path.parent)
         data = emit_rules(()).encode()
         write_durably(self.path, data)

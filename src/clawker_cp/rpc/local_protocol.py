@@ -94,7 +94,7 @@ async def connect(path: Path, streams: tuple[int, int, int], timeout_s: float) -
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.setblocking(False)  # noqa: FBT003 - the standard library's own signature
+        sock.setblocking(False)
         async with asyncio.timeout(timeout_s):
             await asyncio.get_running_loop().sock_connect(sock, str(path))
         socket.send_fds(sock, [b"\0"], list(streams))

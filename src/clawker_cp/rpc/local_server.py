@@ -91,7 +91,7 @@ class LocalServer:
         finally:
             os.umask(previous)
         listener.listen(64)
-        listener.setblocking(False)  # noqa: FBT003 - the standard library's own signature
+        listener.setblocking(False)
         self._listener = listener
 
     async def serve(self, on_change: Callable[[], None]) -> None:
@@ -235,5 +235,3 @@ async def _send_quietly(channel: LocalChannel, message: dict[str, Any]) -> None:
         await channel.send(message)
     except Unavailable:
         log.info("rpc_local_client_left", message=message.get("message"))
-
-

@@ -2,64 +2,77 @@
 Where flow records go: bounded memory, subscribers, and `flows.jsonl` written off the loop.
 
 Reporting never blocks enforcing (I12): a full disk or a slow subscriber is counted, never raised
-and never waited for. Rotation: 50 MB, three older files, compressed.
+and never waited for. Everything but `_FlowFile` is used on the loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gzip
-import shutil
+import re
+import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import structlog
 
-from clawker_cp.telemetry.flows import Flow, encode
+from clawker_cp.config import FLOW_BUFFER, FLOW_WRITE_EVERY_S, FLOWS_WAITING, FLUSH_LIMIT_S
+from clawker_cp.telemetry.flows import Flow, FlowFilter, Loss, decode, encode_lines
+from clawker_cp.telemetry.rotation import RotatingFile
 
 log = structlog.get_logger()
 
-SUBSCRIBER_LIMIT = 4096
-PENDING_LIMIT = 262144
-ROTATE_BYTES = 50 * 1024 * 1024
-BACKUPS = 3
-WRITE_EVERY_S = 0.05
+# Records encoded in one go: about 0.3 ms with the GIL held, so the loop is not kept waiting.
+ENCODE_AT_ONCE = 512
+_EVENT_ID = re.compile(r"[kdp]-[0-9a-f]{1,32}-[0-9]{1,24}")
+_ALL = FlowFilter()
 
 
 class Subscription:
     """
-    One reader's buffer of `SUBSCRIBER_LIMIT` records; when full the oldest go and are counted.
+    One reader's buffer of `FLOW_BUFFER` records; when full the oldest go, are counted, and `losses` tells.
     """
 
-    def __init__(self, container_id: str) -> None:
-        self.container_id = container_id
-        self.lost = 0
+    def __init__(self, wanted: FlowFilter = _ALL) -> None:
+        self._wanted = wanted
+        self._everything = wanted == _ALL
         self._buffer: deque[Flow] = deque()
         self._ready = asyncio.Event()
+        self._untold: Counter[str] = Counter()
+        self.lost = 0
 
-    def offer(self, flow: Flow) -> None:
+    def offer(self, flows: Sequence[Flow]) -> None:
         """
-        Take a record without waiting.
+        Take what is wanted of some records, without waiting.
         """
-        if self.container_id and flow.container_id != self.container_id:
+        wanted = flows if self._everything else [flow for flow in flows if self._wanted.admits(flow)]
+        if not wanted:
             return
-        if len(self._buffer) >= SUBSCRIBER_LIMIT:
-            self._buffer.popleft()
+        self._buffer.extend(wanted)
+        for _ in range(len(self._buffer) - FLOW_BUFFER):
+            self._untold[self._buffer.popleft().container_id] += 1
             self.lost += 1
-        self._buffer.append(flow)
         self._ready.set()
 
     async def next_batch(self) -> list[Flow]:
         """
-        Wait for records and take all that wait.
+        Wait for records and take all that wait. Cancelling loses nothing.
         """
         await self._ready.wait()
         self._ready.clear()
         batch = list(self._buffer)
         self._buffer.clear()
         return batch
+
+    def losses(self) -> list[Loss]:
+        """
+        What this reader lost since it last asked, by agent.
+        """
+        told = [Loss(container, "subscriber", count) for container, count in sorted(self._untold.items())]
+        self._untold.clear()
+        return told
 
     @property
     def drained(self) -> bool:
@@ -69,89 +82,228 @@ class Subscription:
 class FlowLog:
     """
     Takes records from anywhere on the loop; `run` writes them until cancelled.
+
+    Memory holds the latest `per_agent` records of each agent and `memory` in all; beyond that the agents
+    with most lose their oldest, so a noisy one never pushes out a quiet one. Nothing here raises
+    for what happens on disk; `lost` counts by place: `kernel`, `queue`, `subscriber`, `export`.
     """
 
-    def __init__(self, path: Path, *, memory: int = 65536) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, memory: int = 65536, per_agent: int = 4096) -> None:
+        self._file = _FlowFile(path)
         self.memory_limit = memory
-        self._memory: deque[Flow] = deque(maxlen=memory)
-        self._pending: deque[Flow] = deque()
+        self._per_agent = min(per_agent, memory)
+        self._rings: dict[str, deque[Flow]] = {}
+        self._held = 0
+        self._pending: list[Flow] = []
         self._subscriptions: set[Subscription] = set()
-        self.lost: Counter[str] = Counter()
+        self._lost: Counter[str] = Counter()
         self.taken = 0
 
     def add(self, flows: Iterable[Flow]) -> None:
         """
         Take records; the disk's queue is bounded and drops the newest, counted under `queue`.
         """
-        for flow in flows:
-            self.taken += 1
-            self._memory.append(flow)
-            if len(self._pending) < PENDING_LIMIT:
-                self._pending.append(flow)
-            else:
-                self.lost["queue"] += 1
-            for subscription in self._subscriptions:
-                subscription.offer(flow)
+        batch = flows if isinstance(flows, list) else list(flows)
+        self.taken += len(batch)
+        room = FLOWS_WAITING - len(self._pending) - self._file.waiting
+        self._pending += batch if room >= len(batch) else batch[: max(room, 0)]
+        self._lost["queue"] += max(len(batch) - max(room, 0), 0)
+        rings = self._rings
+        for flow in batch:
+            ring = rings.get(flow.container_id)
+            if ring is None:
+                ring = rings[flow.container_id] = deque(maxlen=self._per_agent)
+            self._held += len(ring) < self._per_agent
+            ring.append(flow)
+            if flow.lost_before:
+                self._lost["kernel"] += flow.lost_before
+        if self._held > self.memory_limit:
+            self._shed()
+        for subscription in self._subscriptions:
+            subscription.offer(batch)
+
+    def _shed(self) -> None:
+        """Cut the longest rings to one length, so that an eighth of the memory is free again."""
+        left, cap = self.memory_limit - self.memory_limit // 8, 0
+        lengths = sorted(len(ring) for ring in self._rings.values())
+        for number, length in enumerate(lengths):
+            cap = left // (len(lengths) - number)
+            if length > cap:
+                break
+            left -= length
+        for container, ring in list(self._rings.items()):
+            while len(ring) > cap:
+                ring.popleft()
+            if not ring:
+                del self._rings[container]
+        self._held = sum(map(len, self._rings.values()))
 
     def recent(self, container_id: str = "") -> list[Flow]:
         """
-        What memory still holds, oldest first.
+        What memory still holds of one agent as it came, or of all by time; oldest first.
         """
-        return [flow for flow in self._memory if not container_id or flow.container_id == container_id]
+        if container_id:
+            return list(self._rings.get(container_id, ()))
+        return sorted((flow for ring in self._rings.values() for flow in ring), key=lambda flow: flow.time_unix_ns)
+
+    def forget(self, container_id: str) -> None:
+        """
+        Drop the memory of an agent that will not be asked about; the file keeps its records.
+        """
+        self._held -= len(self._rings.pop(container_id, ()))
 
     def find(self, event_id: str) -> Flow | None:
         """
         The record of an event id, from memory.
         """
-        return next((flow for flow in reversed(self._memory) if flow.event_id == event_id), None)
+        return _find(event_id, [*self._rings.values()])
+
+    async def search(self, event_id: str, *, limit_s: float = 10.0) -> Flow | None:
+        """
+        The record of an event id, from memory, else from the file and its backups, off the loop.
+
+        None if it is unknown, aged out, no event id at all, or not found within `limit_s`.
+        """
+        if not _EVENT_ID.fullmatch(event_id):
+            return None
+        rings = [list(ring) for ring in self._rings.values()]
+        self._flush_pending()
+        try:
+            async with asyncio.timeout(limit_s):
+                return await asyncio.to_thread(lambda: _find(event_id, rings) or self._file.search(event_id))
+        except TimeoutError:
+            return None
 
     @asynccontextmanager
-    async def subscribe(self, container_id: str = "") -> AsyncIterator[Subscription]:
+    async def subscribe(self, container_id: str = "", *, wanted: FlowFilter = _ALL) -> AsyncIterator[Subscription]:
         """
-        Follow new records, of one agent or of all.
+        Follow new records: of one agent, or those a filter admits, or all.
         """
-        subscription = Subscription(container_id)
+        if container_id:
+            wanted = msgspec.structs.replace(wanted, container_ids=frozenset({container_id}))
+        subscription = Subscription(wanted)
         self._subscriptions.add(subscription)
         try:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
-            self.lost["subscriber"] += subscription.lost
+            self._lost["subscriber"] += subscription.lost
 
     async def run(self) -> None:
         """
-        Write what was taken, in batches, until cancelled; the last batch is written too.
+        Write what was taken, in batches, until cancelled; what is left then is written within `FLUSH_LIMIT_S`.
         """
         try:
-            while True:
-                await asyncio.sleep(WRITE_EVERY_S)
-                await asyncio.to_thread(self._write)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._compress(), name="flows-compress")
+                while True:
+                    await asyncio.sleep(FLOW_WRITE_EVERY_S)
+                    if self._pending:
+                        self._flush_pending()
+                        await asyncio.to_thread(self._file.drain)
         finally:
-            self._write()
+            self._flush_pending()
+            try:
+                async with asyncio.timeout(FLUSH_LIMIT_S):
+                    await asyncio.to_thread(self._file.drain)
+            except TimeoutError:
+                log.warning("flows_unflushed", records=self._file.waiting)
 
-    def _write(self) -> None:
-        if not self._pending:
-            return
-        batch = [self._pending.popleft() for _ in range(len(self._pending))]
+    def _flush_pending(self) -> None:
+        if self._pending:
+            batch, self._pending = self._pending, []
+            self._file.put(batch)
+
+    async def _compress(self) -> None:
+        while True:
+            await asyncio.to_thread(self._file.compress)
+            await asyncio.sleep(1.0)
+
+    @property
+    def lost(self) -> Counter[str]:
+        """
+        Records lost by place since the start.
+        """
+        lost = Counter(self._lost)
+        lost["subscriber"] += sum(subscription.lost for subscription in self._subscriptions)
+        lost["export"] += self._file.lost
+        return lost
+
+    def statistics(self) -> dict[str, int]:
+        """
+        Taken, held in memory, waiting for the disk, subscribers, and `lost_<where>`.
+        """
+        return {
+            "taken": self.taken,
+            "held": self._held,
+            "waiting": len(self._pending) + self._file.waiting,
+            "subscribers": len(self._subscriptions),
+            **{f"lost_{where}": count for where, count in self.lost.items()},
+        }
+
+
+class _FlowFile:
+    """
+    The side of the disk: batches come in from the loop, one thread at a time writes them.
+
+    A batch handed over is written by whoever drains next, so cancelling a drain loses nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = RotatingFile(path)
+        self._batches: deque[list[Flow]] = deque()
+        self._lock = threading.Lock()
+        self._failing = False
+        self.waiting = 0
+        self.lost = 0
+
+    def put(self, batch: list[Flow]) -> None:
+        self.waiting += len(batch)
+        self._batches.append(batch)
+
+    def drain(self) -> None:
+        with self._lock:
+            while self._batches:
+                batch = self._batches.popleft()
+                for start in range(0, len(batch), ENCODE_AT_ONCE):
+                    self._write(batch[start : start + ENCODE_AT_ONCE])
+                self.waiting = sum(map(len, tuple(self._batches)))
+
+    def _write(self, flows: list[Flow]) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-            with self._path.open("ab") as out:
-                out.write(b"\n".join(encode(flow) for flow in batch) + b"\n")
-                size = out.tell()
-            if size > ROTATE_BYTES:
-                self._rotate()
+            self._file.write(encode_lines(flows))
+            if self._file.full:
+                self._file.rotate()
         except OSError as error:
-            self.lost["export"] += len(batch)
-            log.warning("flows_unavailable", cause=str(error), blast_radius="flow records on disk", lost=len(batch))
+            self.lost += len(flows)
+            self._file.close()
+            if not self._failing:  # once per outage: a full disk must not fill the log too
+                self._failing = True
+                log.warning("flows_unavailable", cause=str(error), blast_radius="flow records on disk", retry_s=0)
+        else:
+            if self._failing:
+                self._failing = False
+                log.info("flows_recovered", lost=self.lost)
 
-    def _rotate(self) -> None:
-        for number in range(BACKUPS - 1, 0, -1):
-            older = self._path.with_name(f"{self._path.name}.{number}.gz")
-            if older.exists():
-                older.replace(self._path.with_name(f"{self._path.name}.{number + 1}.gz"))
-        moved = self._path.with_name(f"{self._path.name}.1")
-        self._path.replace(moved)
-        with moved.open("rb") as source, gzip.open(f"{moved}.gz", "wb", compresslevel=1) as target:
-            shutil.copyfileobj(source, target)
-        moved.unlink()
+    def compress(self) -> None:
+        try:
+            if self._file.uncompressed:
+                self._file.compress()
+        except OSError as error:
+            log.warning("flows_uncompressed", cause=str(error))
+
+    def search(self, event_id: str) -> Flow | None:
+        self.drain()
+        start = f'{{"event_id":"{event_id}",'.encode()
+        try:
+            for file in self._file.newest_first():
+                for line in file:
+                    if line.startswith(start):
+                        return decode(line)
+        except (OSError, EOFError, msgspec.MsgspecError):
+            return None
+        return None
+
+
+def _find(event_id: str, rings: Iterable[Iterable[Flow]]) -> Flow | None:
+    return next((flow for ring in rings for flow in ring if flow.event_id == event_id), None)

@@ -37,9 +37,7 @@ class AccessLogTail:
         """
         try:
             while True:
-                while self.read():
-                    await asyncio.sleep(0)
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(0 if self.read() else POLL_S)
         finally:
             if self._file is not None:
                 self._file.close()

@@ -44,9 +44,8 @@ class Machine:
         self.workdir.chmod(0o777)
 
     def argv(self, *options: str, command: list[str]) -> list[str]:
-        return [
-            sys.executable, "-m", "clawker_cp", "run", "--json", "--workdir", str(self.workdir), *options, "--", *command
-        ]  # fmt: skip
+        run = [sys.executable, "-m", "clawker_cp", "run", "--json", "--workdir", str(self.workdir)]
+        return [*run, *options, "--", *command]
 
     async def run(self, *options: str, command: list[str], timeout_s: float = 60) -> Outcome:
         done = await self.host.run(self.argv(*options, command=command), env=self.environment, timeout_s=timeout_s)

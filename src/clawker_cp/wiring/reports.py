@@ -213,7 +213,9 @@ def allow_option(target: Destination) -> str:
     """
     if not target.host or target.proto not in {"https", "http", "ws", "wss", "tcp", "udp", "ssh"}:
         return ""
-    proto = {("tcp", 443): "https", ("tcp", 80): "http", ("tcp", 22): "ssh"}.get((target.proto, target.port), target.proto)
+    proto = {("tcp", 443): "https", ("tcp", 80): "http", ("tcp", 22): "ssh"}.get(
+        (target.proto, target.port), target.proto
+    )
     if not target.port and proto in {"tcp", "udp"}:
         return ""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import time
@@ -120,6 +121,24 @@ def remove(path: Path) -> None:
             Path(directory).rmdir()
 
 
+async def clear(path: Path, limit_s: float) -> None:
+    """
+    Remove a cgroup whose processes are dead, which may hold on to it for a moment longer.
+    """
+    until = time.monotonic() + limit_s
+    while True:
+        try:
+            remove(path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise Unavailable(f"cannot remove the cgroup {path}: {error.strerror}") from error
+            if time.monotonic() > until:
+                raise DeadlineExceeded(f"the cgroup {path} stays busy") from error
+            await asyncio.sleep(POLL_S)
+        else:
+            return
+
+
 class Limiter:
     """
     Sets the limits of sandboxes below one parent cgroup, where this host has the controllers.
@@ -171,12 +190,12 @@ class Limiter:
         paths = {base / name for base, version in self._places.values() if version == 1}
         return sorted(path for path in paths if path.is_dir())
 
-    def remove(self, name: str) -> None:
+    async def clear(self, name: str, limit_s: float) -> None:
         """
-        Remove the version 1 directories of a child; its processes have to be gone.
+        Remove the version 1 directories of a child; its processes have to be dead.
         """
         for path in self.joined(name):
-            remove(path)
+            await clear(path, limit_s)
 
     def remove_parents(self) -> None:
         """

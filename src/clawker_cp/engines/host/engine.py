@@ -9,7 +9,6 @@ next start adopt what runs and sweep what is dead.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import secrets
@@ -109,7 +108,7 @@ class HostEngine:
             sandbox = self._read(directory)
             if sandbox is None:
                 shutil.rmtree(directory, ignore_errors=True)
-            elif cgroups.is_populated(sandbox.cgroup_path):
+            elif process.runs(sandbox):
                 self._sandboxes[sandbox.id] = sandbox
                 self._own(sandbox)
                 self._pool.skip_past(sandbox.address)
@@ -121,6 +120,7 @@ class HostEngine:
             await self.ring.install(living, forwarded_before=forwarded_before)
             self._watch_drops()
         for sandbox in dead:
+            await cgroups.kill(sandbox.cgroup_path, KILL_LIMIT_S)
             self._keep_code(sandbox.id, process.exit_code(sandbox, None))
             await self._take_apart(sandbox)
         await self._sweep()
@@ -269,7 +269,7 @@ class HostEngine:
         if sandbox_id in self._removing:
             await self._removing[sandbox_id].wait()
             return
-        if cgroups.is_populated(sandbox.cgroup_path) and not force:
+        if not force and (process.runs(sandbox) or cgroups.is_populated(sandbox.cgroup_path)):
             raise Conflict(f"sandbox {sandbox_id[:12]} is running", code="AGENT_RUNNING", hint="remove it with force")
         done = self._removing[sandbox_id] = asyncio.Event()
         try:
@@ -393,20 +393,22 @@ class HostEngine:
             del self._ended[next(iter(self._ended))]
 
     async def _stop(self, sandbox: Sandbox, grace_s: float) -> None:
-        if not cgroups.is_populated(sandbox.cgroup_path):
-            return
-        if grace_s > 0 and sandbox.pid:
+        # The stages join the cgroup by themselves: an empty one says nothing while they live.
+        if process.runs(sandbox):
+            if grace_s > 0:
+                try:
+                    async with asyncio.timeout(grace_s):
+                        process.send(await process.command_pid(sandbox), signal.SIGTERM)
+                        await process.wait_gone(sandbox.pid, sandbox.started)
+                except (TimeoutError, NotFound):
+                    log.info("engines_grace_over", id=sandbox.id)
+            process.kill_init(sandbox)
             try:
-                async with asyncio.timeout(grace_s):
-                    process.send(await process.command_pid(sandbox), signal.SIGTERM)
+                # bwrap tells the exit code when its process 1 is gone; only then it may be killed.
+                async with asyncio.timeout(TELL_LIMIT_S):
                     await process.wait_gone(sandbox.pid, sandbox.started)
-            except (TimeoutError, NotFound):
-                log.info("engines_grace_over", id=sandbox.id)
-        process.kill_init(sandbox)
-        with contextlib.suppress(TimeoutError):
-            # bwrap writes the exit code when its process 1 is gone; only then the rest is killed.
-            async with asyncio.timeout(TELL_LIMIT_S):
-                await process.wait_gone(sandbox.pid, sandbox.started)
+            except TimeoutError:
+                process.kill_stage(sandbox)
         await cgroups.kill(sandbox.cgroup_path, KILL_LIMIT_S)
 
     async def _take_apart(self, sandbox: Sandbox) -> None:
@@ -418,9 +420,9 @@ class HostEngine:
             await self.ring.unpin(sandbox.interface, sandbox.address)
         await network.forget_neighbour(sandbox.address, self._bridge)
         await network.remove_sandbox(sandbox.netns, sandbox.interface)
-        cgroups.remove(sandbox.cgroup_path)
+        await cgroups.clear(sandbox.cgroup_path, KILL_LIMIT_S)
         if self._limiter is not None:
-            self._limiter.remove(sandbox.cgroup_path.name)
+            await self._limiter.clear(sandbox.cgroup_path.name, KILL_LIMIT_S)
         self._owners = {index: owner for index, owner in self._owners.items() if owner != sandbox.id}
         await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
 
@@ -437,7 +439,7 @@ class HostEngine:
             if child.is_dir() and child.name not in known_ns and child.name.startswith(f"{PREFIX}-"):
                 # In a cgroup of ours without a record: nobody waits for it, nobody could enrol it.
                 await cgroups.kill(child, KILL_LIMIT_S)
-                cgroups.remove(child)
+                await cgroups.clear(child, KILL_LIMIT_S)
                 if child.name in namespaces:
                     await network.remove_sandbox(child.name, "")
 

@@ -123,6 +123,13 @@ def start_time(pid: int) -> int:
     return 0 if fields[0] in {"Z", "X"} else int(fields[19])
 
 
+def runs(sandbox: Sandbox) -> bool:
+    """
+    Whether the process that was started for a sandbox, and tells its exit code, still lives.
+    """
+    return bool(sandbox.pid) and start_time(sandbox.pid) == sandbox.started != 0
+
+
 async def wait_gone(pid: int, started: int = 0) -> None:
     """
     Wait until a process that need not be our child has ended; `started` tells it from a later one.
@@ -194,6 +201,14 @@ def kill_init(sandbox: Sandbox) -> None:
     init = status(sandbox).get("child-pid")
     if init and sandbox.pid and start_time(init) and _parent(init) == sandbox.pid:
         send(init, signal.SIGKILL)
+
+
+def kill_stage(sandbox: Sandbox) -> None:
+    """
+    SIGKILL the process that was started for a sandbox, before or after it became bwrap.
+    """
+    if runs(sandbox):
+        send(sandbox.pid, signal.SIGKILL)
 
 
 def _parent(pid: int) -> int:
