@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import dns.exception
 import dns.message
+import dns.rdataclass
 import dns.name
 import dns.rcode
 import dns.rdata
@@ -174,7 +175,9 @@ def read_answer(message: bytes, question: bytes, *, now_ns: int, zone: str = "."
             return Resolved(question, NOERROR, (), received_ns=now_ns, life_s=DEFAULT_NEGATIVE_S, zone=zone)
         raise
     rcode = int(parsed.rcode())
-    kept = tuple(_presentable(found) for found in parsed.answer if found.rdtype in (qtype, CNAME, DNAME))
+    # Another class gives the same type another layout, which would go out as class IN, unfiltered.
+    ours = [found for found in parsed.answer if found.rdclass == dns.rdataclass.IN]
+    kept = tuple(_presentable(found) for found in ours if found.rdtype in (qtype, CNAME, DNAME))
     life_s = min((int(found.ttl) for found in kept), default=MAX_LIFE_S)
     if rcode != NOERROR or not any(found.rdtype == qtype for found in kept):
         life_s = min(life_s, _negative_s(parsed))
