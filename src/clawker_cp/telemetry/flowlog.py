@@ -205,9 +205,17 @@ class FlowLog:
             self._flush_pending()
             try:
                 async with asyncio.timeout(FLUSH_LIMIT_S):
-                    await asyncio.to_thread(self._file.drain)
+                    await asyncio.to_thread(self.close)
             except TimeoutError:
                 log.warning("flows_unflushed", records=self._file.waiting)
+
+    def close(self) -> None:
+        """
+        Write what waits and close the file; the next write opens it again. Blocks.
+        """
+        self._flush_pending()
+        self._file.drain()
+        self._file.close()
 
     def _flush_pending(self) -> None:
         if self._pending:
@@ -254,11 +262,15 @@ class _FlowFile:
         self._batches: deque[list[Flow]] = deque()
         self._lock = threading.Lock()
         self._failing = False
-        self.waiting = 0
+        self._writing = 0
         self.lost = 0
 
+    @property
+    def waiting(self) -> int:
+        """Records handed over and not yet on disk, within one `ENCODE_AT_ONCE`."""
+        return self._writing + sum(map(len, tuple(self._batches)))
+
     def put(self, batch: list[Flow]) -> None:
-        self.waiting += len(batch)
         self._batches.append(batch)
 
     def drain(self) -> None:
@@ -266,24 +278,36 @@ class _FlowFile:
             while self._batches:
                 batch = self._batches.popleft()
                 for start in range(0, len(batch), ENCODE_AT_ONCE):
+                    self._writing = len(batch) - start
                     self._write(batch[start : start + ENCODE_AT_ONCE])
-                self.waiting = sum(map(len, tuple(self._batches)))
+                self._writing = 0
 
     def _write(self, flows: list[Flow]) -> None:
         try:
             self._file.write(encode_lines(flows))
+        except OSError as error:
+            self.lost += len(flows)
+            self._fail(error)
+            return
+        try:
             if self._file.full:
                 self._file.rotate()
         except OSError as error:
-            self.lost += len(flows)
+            self._fail(error)
+            return
+        if self._failing:
+            self._failing = False
+            log.info("flows_recovered", lost=self.lost)
+
+    def _fail(self, error: OSError) -> None:
+        self._file.close()
+        if not self._failing:  # once per outage: a full disk must not fill the log too
+            self._failing = True
+            log.warning("flows_unavailable", cause=str(error), blast_radius="flow records on disk", retry_s=0)
+
+    def close(self) -> None:
+        with self._lock:
             self._file.close()
-            if not self._failing:  # once per outage: a full disk must not fill the log too
-                self._failing = True
-                log.warning("flows_unavailable", cause=str(error), blast_radius="flow records on disk", retry_s=0)
-        else:
-            if self._failing:
-                self._failing = False
-                log.info("flows_recovered", lost=self.lost)
 
     def compress(self) -> None:
         try:
