@@ -473,6 +473,30 @@ def test_an_envoy_that_dies_comes_back_with_its_policy(tmp_path: Path) -> None:
     run_in_namespace(main)
 
 
+def test_a_change_made_while_envoy_was_down_holds_when_it_is_back(tmp_path: Path) -> None:
+    """What was staged for it is what it serves; nothing that was taken away comes back."""
+
+    async def main() -> None:
+        gone, stays = rule("https://gone.example.com"), rule("https://stays.example.com")
+        async with proxy_world(tmp_path, gone, stays) as world:
+            await _answering(world, "gone.example.com", "stays.example.com")
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(world.stack.supervise())
+                await asyncio.sleep(0)
+                os.kill(world.stack._process.pid, signal.SIGKILL)
+                await world.stack.stage(world.compile([stays]).plan)
+                async with asyncio.timeout(15):
+                    while world.stack.restarts == 0 or not await world.stack.is_healthy():
+                        await asyncio.sleep(0.02)
+
+                assert await reason(world, "https://stays.example.com/") == (200, "")
+                refused = await reason(world, "https://gone.example.com/", sni="stays.example.com")
+                assert refused == (403, "host_not_allowed")
+                watching.cancel()
+
+    run_in_namespace(main)
+
+
 def test_an_ordinary_rule_touches_no_listener_and_no_connection(tmp_path: Path) -> None:
     """Adding and removing https rules writes routes and certificates only; open connections live on."""
 

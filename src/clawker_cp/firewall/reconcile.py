@@ -59,6 +59,7 @@ class EnvoyTarget(Protocol):
     async def open(self, plan: Plan) -> int: ...
     async def close(self) -> int: ...
     async def validate(self, plan: Plan) -> None: ...
+    async def stage(self, plan: Plan) -> None: ...
     async def busy(self, destinations: Collection[str]) -> set[str]: ...
 
 
@@ -469,6 +470,8 @@ class Reconciler:
                 await self._envoy.open(found.plan)
             if live:
                 await self._envoy.close()
+            else:
+                await self._envoy.stage(found.plan)
             self._behind = False
         except (ClawkerError, OSError) as failure:
             self._fell_behind(failure)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -201,6 +202,8 @@ def _end(pid: int) -> None:
         return
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        # What follows binds the same ports: the old one has to be gone, which takes milliseconds.
+        select.select([pidfd], [], [], STOP_LIMIT_S)
     except ProcessLookupError:
         return
     finally:

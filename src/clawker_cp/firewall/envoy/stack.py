@@ -226,6 +226,20 @@ class EnvoyStack:
             words = output.decode("utf-8", "replace").strip().splitlines()
             raise ClawkerError(f"Envoy refused the change: {words[-1] if words else ''}", code="RULE_INVALID")
 
+    async def stage(self, plan: Plan) -> None:
+        """
+        Write a plan for the next life of an Envoy that is down just now, without waiting for anybody.
+
+        Nothing to do for a stopped stack: its start writes everything.
+        """
+        if self._resources is None:
+            return
+        resources = await asyncio.to_thread(self._build, plan)
+        for name in self._files.changed(resources.files):
+            self._files.write(name, resources.files[name])
+        self._files.forget(resources.files)
+        self._resources, self._plan = resources, plan
+
     async def busy(self, destinations: Collection[str]) -> set[str]:
         """Return those unread destinations that have connections now."""
         stems = self._resources.stems if self._resources else {}

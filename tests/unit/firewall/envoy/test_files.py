@@ -1,0 +1,32 @@
+"""Tests of files on their way to Envoy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+
+from clawker_cp.firewall.envoy.files import ConfigDirectory, writing_order
+from clawker_cp.testing.plan_world import build, rule
+from clawker_cp.testing.proxy_config import resources_of
+
+
+def test_files_are_replaced_whole_with_rising_versions(tmp_path: Path) -> None:
+    """Only what differs is written; secrets are closed to others; unused files go."""
+    resources = resources_of(build(rule("https://a.example.com")))
+    directory = ConfigDirectory(tmp_path, 100)
+    for name in directory.changed(resources.files):
+        directory.write(name, resources.files[name])
+
+    assert directory.changed(resources.files) == []
+    assert (tmp_path / "sds-p1-0.json").stat().st_mode & 0o777 == 0o600
+    assert orjson.loads((tmp_path / "cds.json").read_bytes())["version_info"] == "101"
+    assert directory.expected(["cds.json"]) == {"cluster_manager.cds.version_text": "101"}
+    directory.forget(["lds.json", "cds.json"])
+    assert {path.name for path in tmp_path.iterdir()} == {"lds.json", "cds.json"}
+    assert writing_order(["lds.json", "rc_p1_tls.json", "sds-p1-0.json", "cds.json"]) == [
+        "cds.json",
+        "sds-p1-0.json",
+        "rc_p1_tls.json",
+        "lds.json",
+    ]

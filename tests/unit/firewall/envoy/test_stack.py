@@ -1,0 +1,26 @@
+"""Tests of how Envoy is started."""
+
+from __future__ import annotations
+
+from clawker_cp.firewall.envoy.options import find_binary
+from clawker_cp.firewall.envoy.stack import envoy_command
+from clawker_cp.testing.proxy_config import OPTIONS
+
+
+def test_the_command_line_is_the_contracts() -> None:
+    """No hot restart, immediate drain, two workers."""
+    command = envoy_command("/usr/bin/envoy", OPTIONS, hide_hosts=False)
+
+    assert command[0] == "/usr/bin/envoy"
+    text = " ".join(command)
+    assert "--disable-hot-restart --concurrency 2 --drain-time-s 1 --drain-strategy immediate" in text
+    assert find_binary().name == "envoy"
+
+
+def test_the_hosts_file_is_hidden_by_the_same_process() -> None:
+    """The wrapper ends in exec, so the pid that is kept is Envoy's."""
+    command = envoy_command("/usr/bin/envoy", OPTIONS, hide_hosts=True)
+
+    assert command[0] == "unshare"
+    assert "mount --bind /dev/null /etc/hosts && exec" in command[command.index("-c") + 1]
+    assert command[command.index("/usr/bin/envoy") + 1] == "-c"
