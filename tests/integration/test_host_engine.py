@@ -285,7 +285,8 @@ async def test_names_are_taken_once_and_addresses_are_not_reused_at_once(host: H
 async def test_environment_names_the_certificates_and_the_agent(host: Host) -> None:
     """The bundle's variables point to a readable file, identity is ours, the caller's variables pass."""
     code, output = await host.run(
-        "sh", "-c", 'cat "$SSL_CERT_FILE" "$NODE_EXTRA_CA_CERTS"; echo $CLAWKER_PROJECT $CLAWKER_AGENT $HOME $EXTRA; hostname',
+        "sh", "-c",
+        'cat "$SSL_CERT_FILE" "$NODE_EXTRA_CA_CERTS"; echo $CLAWKER_PROJECT $CLAWKER_AGENT $HOME $EXTRA; hostname',
         agent="worker", env={"EXTRA": "yes", "CLAWKER_AGENT": "somebody"},
     )  # fmt: skip
     assert (code, output) == (0, "bundle.pem\nca.pem\np worker /home/clawker yes\nworker\n")

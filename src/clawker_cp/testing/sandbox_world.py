@@ -7,6 +7,7 @@ has no way further. Everything carries this process's number and is taken away a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -50,6 +51,16 @@ def until(condition: Callable[[], Any], what: str) -> Any:
         if time.monotonic() > end:
             raise AssertionError(f"not within {LIMIT_S:.0f} s: {what}")
         time.sleep(0.01)
+    return value
+
+
+async def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """As `until`, for what the test's own loop has to do."""
+    end = time.monotonic() + LIMIT_S
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {LIMIT_S:.0f} s: {what}")
+        await asyncio.sleep(0.01)
     return value
 
 
