@@ -473,6 +473,36 @@ def test_an_envoy_that_dies_comes_back_with_its_policy(tmp_path: Path) -> None:
     run_in_namespace(main)
 
 
+def test_http2_clients_are_judged_per_request(tmp_path: Path) -> None:
+    """One HTTP/2 connection: allowed and refused requests side by side, another host is a mismatch."""
+
+    async def main() -> None:
+        import httpx
+
+        rules = (rule("https://api.example.com/v1"), rule("https://b.example.com"))
+        async with proxy_world(tmp_path, *rules) as world:
+            await _answering(world, "api.example.com", "b.example.com")
+            async with httpx.AsyncClient(http2=True, verify=world.trust(), timeout=10) as client:
+
+                async def get(path: str, host: str = "api.example.com") -> httpx.Response:
+                    return await client.get(
+                        f"https://{PROXY}:10000{path}",
+                        headers={"host": host},
+                        extensions={"sni_hostname": "api.example.com"},
+                    )
+
+                async with asyncio.TaskGroup() as group:
+                    good = [group.create_task(get("/v1")) for _ in range(20)]
+                    bad = [group.create_task(get("/v2")) for _ in range(20)]
+                    foreign = group.create_task(get("/", "b.example.com"))
+
+            assert {(one.result().status_code, one.result().http_version) for one in good} == {(200, "HTTP/2")}
+            assert {one.result().json()["reason"] for one in bad} == {"path_denied"}
+            assert (foreign.result().status_code, foreign.result().json()["reason"]) == (421, "sni_mismatch")
+
+    run_in_namespace(main)
+
+
 def test_a_change_made_while_envoy_was_down_holds_when_it_is_back(tmp_path: Path) -> None:
     """What was staged for it is what it serves; nothing that was taken away comes back."""
 

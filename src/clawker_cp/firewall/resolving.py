@@ -56,15 +56,18 @@ class PolicyNames:
         return self.decide(policy, name)
 
     def for_proxy(self, name: str, /) -> NameVerdict | None:
-        """Return a verdict that allows the name, of any policy that is in force or on its way."""
+        """
+        Return the strictest verdict that allows the name, of any policy in force or on its way.
+
+        One cache serves all policies: private addresses only if all that allow the name want them.
+        """
+        found: NameVerdict | None = None
         for tables in (self._tables, self._announced):
-            if tables is None:
-                continue
-            for number in tables.tables:
-                verdict = tables.decide(number, name)
-                if verdict.allowed:
-                    return verdict
-        return None
+            for table in tables.tables.values() if tables is not None else ():
+                verdict = table.decide(name)
+                if verdict.allowed and (found is None or (found.allow_private and not verdict.allow_private)):
+                    found = verdict
+        return found
 
     # -- the reconciler ----------------------------------------------------------------------
 

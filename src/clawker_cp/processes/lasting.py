@@ -152,7 +152,7 @@ class LastingProcess:
             raise Unavailable(f"cannot start {self.name} ({self._command[0]}): {error.strerror}") from error
         pid = self._popen.pid
         started = start_time(pid) or 0
-        self._mark_path.write_bytes(orjson.dumps({"pid": pid, "started": started, "digest": digest}))
+        self._write_mark(_Mark(pid, started, digest))
         self._hold(pid)
         log.info("processes_started", name=self.name, pid=pid)
 
@@ -175,6 +175,12 @@ class LastingProcess:
             signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError:
             return
+
+    def _write_mark(self, mark: _Mark) -> None:
+        # By rename: half a mark would leave a process that nobody finds again.
+        temporary = self._mark_path.with_name(f".clawker-{self._mark_path.name}.tmp")
+        temporary.write_bytes(orjson.dumps({"pid": mark.pid, "started": mark.started, "digest": mark.digest}))
+        temporary.replace(self._mark_path)
 
     def _read_mark(self) -> _Mark | None:
         try:

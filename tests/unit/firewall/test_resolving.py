@@ -40,3 +40,22 @@ def test_concrete_names_go_idle_when_nobody_asks() -> None:
     now[0] = 4000
 
     assert names.idle(3600) == {1: {"b.example.com"}}
+
+
+def test_the_proxy_gets_private_addresses_only_if_everybody_wants_them() -> None:
+    """One policy's allow_private never lets another policy's agents reach inside through the proxy."""
+    names = PolicyNames()
+    learning = build(
+        rule("https://intra.example.com", scope="agent:p/a", allow_private=True),
+        agents=["agent:p/l"],
+        learn=["agent:p/l"],
+    )
+    names.publish(names.tables_for(learning.plan))
+    alone = PolicyNames()
+    alone.publish(alone.tables_for(build(rule("https://intra.example.com", allow_private=True)).plan))
+
+    verdict, other = names.for_proxy("intra.example.com"), alone.for_proxy("intra.example.com")
+    assert verdict is not None
+    assert not verdict.allow_private
+    assert other is not None
+    assert other.allow_private

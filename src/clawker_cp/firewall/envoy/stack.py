@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -39,6 +40,8 @@ RESTART_MIN_S, RESTART_MAX_S = 0.5, 10.0
 STEADY_S = 60.0
 POLL_MIN_S, POLL_MAX_S = 0.002, 0.05
 LOG_TAIL_BYTES = 65536
+LOG_LIMIT_BYTES = 50 << 20
+LOG_CHECK_S = 60.0
 
 
 # The resolver library answers from the hosts file before it asks anybody, and cannot be told not
@@ -260,7 +263,7 @@ class EnvoyStack:
         pause = RESTART_MIN_S
         while not self._stopping:
             began = time.monotonic()
-            await self._process.wait()
+            await self._wait_for_end()
             if self._stopping:
                 return
             self.restarts += 1
@@ -388,6 +391,16 @@ class EnvoyStack:
                 raise Unavailable(f"Envoy was not ready within {START_LIMIT_S:.0f} s: {self._process.last_output(512)}")
             await asyncio.sleep(0.02)
 
+    async def _wait_for_end(self) -> None:
+        """Wait until the process has ended, keeping its log within bounds meanwhile."""
+        while True:
+            try:
+                async with asyncio.timeout(LOG_CHECK_S):
+                    await self._process.wait()
+                return
+            except TimeoutError:
+                await asyncio.to_thread(trim_log, self._options.log)
+
     def _log_size(self) -> int:
         try:
             return self._options.log.stat().st_size
@@ -411,6 +424,23 @@ class EnvoyStack:
             known = path.name in resources.files or path == self._options.bootstrap
             if not known and path.name.startswith(("rc_p", "sds-p")):
                 path.unlink(missing_ok=True)
+
+
+def trim_log(path: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> bool:
+    """
+    Put a log that has grown too large aside as `.1` and empty it; returns whether it was.
+
+    Its writer has it open for appending, and goes on at the new beginning.
+    """
+    try:
+        if path.stat().st_size < limit_bytes:
+            return False
+        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+        os.truncate(path, 0)
+    except OSError as failure:
+        log.warning("envoy_log_not_trimmed", cause=str(failure))
+        return False
+    return True
 
 
 def _union(new: ConfigFile, old: ConfigFile) -> ConfigFile:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from clawker_cp.firewall.envoy.options import find_binary
-from clawker_cp.firewall.envoy.stack import envoy_command
+from clawker_cp.firewall.envoy.stack import envoy_command, trim_log
 from clawker_cp.testing.proxy_config import OPTIONS
 
 
@@ -24,3 +26,16 @@ def test_the_hosts_file_is_hidden_by_the_same_process() -> None:
     assert command[0] == "unshare"
     assert "mount --bind /dev/null /etc/hosts && exec" in command[command.index("-c") + 1]
     assert command[command.index("/usr/bin/envoy") + 1] == "-c"
+
+
+def test_a_log_that_grew_too_large_is_put_aside(tmp_path: Path) -> None:
+    """A writer that appends goes on in the same, empty file; nothing is trimmed early."""
+    path = tmp_path / "envoy.log"
+    with path.open("ab", buffering=0) as writer:
+        writer.write(b"x" * 100)
+        assert not trim_log(path, 101)
+        assert trim_log(path, 100)
+        writer.write(b"next")
+
+    assert path.read_bytes() == b"next"
+    assert (tmp_path / "envoy.log.1").read_bytes() == b"x" * 100
