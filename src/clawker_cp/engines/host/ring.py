@@ -100,6 +100,12 @@ class HostRing:
         if not forwarding():
             set_forwarding(on=True)
 
+    def script(self, sandboxes: Sequence[tuple[str, str]]) -> str:
+        """
+        The transaction that `install` applies, for a check without applying it.
+        """
+        return self._rules(sandboxes, forwarded_before=True)
+
     async def remove(self) -> None:
         """
         Take both tables away; fine when they are not there.
