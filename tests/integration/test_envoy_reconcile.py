@@ -18,8 +18,9 @@ import pytest
 from clawker_cp.errors import CapacityExceeded, ClawkerError, Unavailable
 from clawker_cp.firewall import merge
 from clawker_cp.firewall.allocation_files import AllocationFiles
+from clawker_cp.firewall.changes import Change
 from clawker_cp.firewall.plan import Topology
-from clawker_cp.firewall.reconcile import Change, Reconciler
+from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rules import RuleInvalid
 from clawker_cp.firewall.store import RuleStore

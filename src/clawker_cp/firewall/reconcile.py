@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -22,23 +22,34 @@ from clawker_cp.firewall import merge
 from clawker_cp.firewall.action_queue import ActionQueue
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.allocations import EMPTY, Allocations
+from clawker_cp.firewall.changes import (
+    AgentsTarget,
+    Applied,
+    Change,
+    EnvoyTarget,
+    KernelTarget,
+    Wanted,
+    agents_touched,
+    log_rules,
+    lost_destinations,
+    moved_agents,
+    only_closes,
+    read_ephemeral,
+    refusal,
+    stored_not_live,
+)
 from clawker_cp.firewall.compile import Compiled, compile_plan
-from clawker_cp.firewall.documents import read_item, read_rules
 from clawker_cp.firewall.ephemeral import EphemeralRules
 from clawker_cp.firewall.plan import (
     MAX_CONCRETE_NAMES,
     MAX_DEEP_SANS,
-    CidrRow,
     Materialised,
-    OpaqueTarget,
     Plan,
-    ProxyPort,
-    RouteRow,
     Topology,
 )
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rules import Problem, Rule, RuleInvalid
-from clawker_cp.firewall.salvage import close, drop_until_it_compiles
+from clawker_cp.firewall.salvage import drop_until_it_compiles
 from clawker_cp.firewall.store import RuleStore, Stored
 from clawker_cp.firewall.validate import validate
 
@@ -48,89 +59,6 @@ TICK_S = 0.5  # an expired rule is gone within a second
 IDLE_S = 3600.0
 IDLE_CHECK_S = 60.0
 RETRY_S = 5.0
-
-
-class EnvoyTarget(Protocol):
-    """The proxy: `envoy.stack.EnvoyStack`."""
-
-    @property
-    def running(self) -> bool: ...
-    async def start(self, plan: Plan) -> None: ...
-    async def open(self, plan: Plan) -> int: ...
-    async def close(self) -> int: ...
-    async def validate(self, plan: Plan) -> None: ...
-    async def stage(self, plan: Plan) -> None: ...
-    async def busy(self, destinations: Collection[str]) -> set[str]: ...
-
-
-class KernelTarget(Protocol):
-    """The kernel maps: `ebpf.Manager`; called in a thread."""
-
-    def sync_routes(
-        self, route_rows: Iterable[RouteRow], cidr_rows: Iterable[CidrRow], ports: Iterable[ProxyPort], /
-    ) -> object: ...
-
-
-class AgentsTarget(Protocol):
-    """Running agents, of the application."""
-
-    async def set_policies(self, policies: Mapping[str, int], /) -> None:
-        """Move agents (scope keys) to other policy numbers, in the kernel."""
-        ...
-
-    async def cut(self, change: Change, /) -> int:
-        """Destroy connections that the change forbids (6.1, R13); returns how many."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """
-    What one application took away.
-
-    `moved`: agent -> (old, new) policy number. `lost`: unread destinations by policy number that
-    have no listener there any more. For HTTP hosts ask `hosts.may_stay` with the policies' tables.
-    """
-
-    old: Plan
-    new: Plan
-    moved: Mapping[str, tuple[int, int]]
-    lost: tuple[tuple[int, OpaqueTarget], ...]
-
-    @property
-    def policies(self) -> tuple[int, ...]:
-        """Numbers of policies that differ in anything."""
-        numbers = {*self.old.policies, *self.new.policies}
-        return tuple(sorted(n for n in numbers if self.old.policies.get(n) != self.new.policies.get(n)))
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """Contract 2.4: `version` counts effective changes; `live` = acknowledged by the data plane."""
-
-    version: int
-    live: bool
-    apply_us: int = 0
-    agents: int = 0
-    connections_cut: int = 0
-    problems: tuple[Problem, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Everything a compile depends on that changes at run time."""
-
-    stored: tuple[Rule, ...] = ()
-    closing: tuple[Rule, ...] = ()
-    close_wildcards: bool = False
-    ephemeral: tuple[Rule, ...] = ()
-    agents: frozenset[str] = frozenset()
-    learn: frozenset[str] = frozenset()
-    concrete: Mapping[str, Materialised] = None  # type: ignore[assignment]  # set by `_wanted`
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        return (*close(self.stored, self.closing, self.close_wildcards), *self.ephemeral)
 
 
 class Reconciler:
@@ -166,7 +94,7 @@ class Reconciler:
         self._monotonic = monotonic
         self._queue = ActionQueue()
         self._ephemeral = EphemeralRules()
-        self._wanted = _Wanted(concrete={})
+        self._wanted = Wanted()
         self._compiled: Compiled | None = None
         self._allocations: Allocations = EMPTY
         self._unsaved = False
@@ -296,7 +224,7 @@ class Reconciler:
         `rules` are a YAML document, or items of contract 7.1; whatever scope they name, they hold
         for this agent only. Raises `RuleInvalid` with every problem; then nothing changed.
         """
-        made = _read(rules, key)
+        made = read_ephemeral(rules, key)
 
         async def work(_: Sequence[Any]) -> Sequence[int]:
             others = [rule for rule in self._ephemeral.rules if rule.scope != key]
@@ -342,7 +270,7 @@ class Reconciler:
 
     # -- inner: what is wanted ---------------------------------------------------------------
 
-    def _with_stored(self, wanted: _Wanted, stored: Stored) -> _Wanted:
+    def _with_stored(self, wanted: Wanted, stored: Stored) -> Wanted:
         self._unreadable = stored.unreadable
         return replace(
             wanted,
@@ -407,7 +335,7 @@ class Reconciler:
 
     # -- inner: compile and apply ------------------------------------------------------------
 
-    def _compile(self, wanted: _Wanted, rules: Sequence[Rule]) -> Compiled | list[Problem]:
+    def _compile(self, wanted: Wanted, rules: Sequence[Rule]) -> Compiled | list[Problem]:
         return compile_plan(
             rules,
             wanted.agents,
@@ -422,7 +350,7 @@ class Reconciler:
     def _compile_what_holds(self) -> tuple[Compiled, tuple[Problem, ...]]:
         return drop_until_it_compiles(self._wanted.rules, lambda rules: self._compile(self._wanted, rules))
 
-    async def _apply(self, wanted: _Wanted, *, write: tuple[Rule, ...] | None = None, force: bool = False) -> Applied:
+    async def _apply(self, wanted: Wanted, *, write: tuple[Rule, ...] | None = None, force: bool = False) -> Applied:
         """
         Compile and apply; on success `wanted` is what holds.
 
@@ -432,7 +360,7 @@ class Reconciler:
         began = self._monotonic()
         found = await asyncio.to_thread(self._compile, wanted, wanted.rules)
         if isinstance(found, list):
-            raise _refusal(found)
+            raise refusal(found)
         old = self.plan
         same = found.plan == old and not self._behind
         if same and not force:
@@ -441,7 +369,7 @@ class Reconciler:
             self._accept(wanted, found)
             return Applied(self.version, live=self._envoy.running)
         tables = await asyncio.to_thread(self._names.tables_for, found.plan)
-        closing = _only_closes(self._wanted, wanted, old, found.plan)
+        closing = only_closes(self._wanted, wanted, old, found.plan)
         live = self._envoy.running
         if not closing:
             self._names.announce(tables)
@@ -462,7 +390,7 @@ class Reconciler:
             self._names.publish(tables)
         try:
             await self._write_kernel(found.plan)
-            moved = _moved(old, found.plan)
+            moved = moved_agents(old, found.plan)
             if moved:
                 await self._agents.set_policies({agent: new for agent, (_, new) in moved.items()})
             self._names.publish(tables)
@@ -475,18 +403,18 @@ class Reconciler:
             self._behind = False
         except (ClawkerError, OSError) as failure:
             self._fell_behind(failure)
-            raise _stored_not_live(failure) from failure
+            raise stored_not_live(failure) from failure
         await self._save(found.allocations)
-        change = Change(old, found.plan, moved, _lost(old, found.plan))
+        change = Change(old, found.plan, moved, lost_destinations(old, found.plan))
         cut = await self._agents.cut(change) if change.policies or moved else 0
         elapsed = int((self._monotonic() - began) * 1e6)
-        touched = _agents_touched(old, found.plan)
+        touched = agents_touched(old, found.plan)
         if not same:
             log.info("policy_applied", version=self.version, apply_us=elapsed, agents=touched, connections_cut=cut)
-            _log_rules(previous.rules, wanted.rules)
+            log_rules(previous.rules, wanted.rules)
         return Applied(self.version, live, elapsed, touched, cut)
 
-    def _accept(self, wanted: _Wanted, compiled: Compiled) -> None:
+    def _accept(self, wanted: Wanted, compiled: Compiled) -> None:
         self._compiled = compiled
         self._unsaved = self._unsaved or compiled.allocations != self._allocations
         self._allocations = compiled.allocations
@@ -573,88 +501,3 @@ class Reconciler:
                 concrete[policy.key] = replace(live, names=live.names - (names - busy))
         if concrete != self._wanted.concrete:
             await self._apply(replace(self._wanted, concrete=concrete))
-
-
-def _read(rules: str | Sequence[Rule | Mapping[str, Any]], scope: str) -> list[Rule]:
-    """Read items, put them into a scope, validate; raises `RuleInvalid` with every problem."""
-    if isinstance(rules, str):
-        rules = read_rules(rules, scope=scope)
-    problems: list[Problem] = []
-    made: list[Rule] = []
-    for index, item in enumerate(rules):
-        if isinstance(item, Rule):
-            made.append(replace(item, scope=scope))
-            continue
-        reading = read_item(item, strict=True, scope=scope)
-        problems += (Problem(index, reading.dst, field, text) for field, text in reading.problems)
-        if reading.rule is not None:
-            made.append(replace(reading.rule, scope=scope))
-    if problems:
-        raise RuleInvalid(problems)
-    validation = validate(made)
-    if validation.problems:
-        raise RuleInvalid(validation.problems)
-    return list(validation.rules)
-
-
-def _refusal(problems: list[Problem]) -> ClawkerError:
-    if all(problem.code == "CAPACITY" for problem in problems):
-        return CapacityExceeded("; ".join(str(problem) for problem in problems), limit=problems[0].limit)
-    return RuleInvalid(problems)
-
-
-def _stored_not_live(failure: BaseException) -> ClawkerError:
-    code = "STACK_UNHEALTHY" if isinstance(failure, ClawkerError) and failure.code != "ROUTE_SYNC" else "ROUTE_SYNC"
-    return Unavailable(
-        f"the change is accepted and stored but not in force yet: {failure}", code=code, hint="it is tried again"
-    )
-
-
-def _only_closes(before: _Wanted, after: _Wanted, old: Plan, new: Plan) -> bool:
-    """Whether a change can only take away: allows gone, denials added, names retired."""
-    added = set(after.rules) - set(before.rules)
-    removed = set(before.rules) - set(after.rules)
-    if any(not rule.is_deny for rule in added) or any(rule.is_deny for rule in removed):
-        return False
-    if after.agents - before.agents or after.learn - before.learn or _moved(old, new):
-        return False
-    for key, live in after.concrete.items():
-        known = before.concrete.get(key, Materialised())
-        if live.names - known.names or live.sans - known.sans:
-            return False
-    # A policy number that is new needs its listener before anything is routed to it.
-    return set(new.policies) <= set(old.policies)
-
-
-def _moved(old: Plan, new: Plan) -> dict[str, tuple[int, int]]:
-    return {
-        agent: (old.agents[agent], number)
-        for agent, number in new.agents.items()
-        if agent in old.agents and old.agents[agent] != number
-    }
-
-
-def _lost(old: Plan, new: Plan) -> tuple[tuple[int, OpaqueTarget], ...]:
-    lost = []
-    for number, policy in old.policies.items():
-        after = new.policies.get(number)
-        kept = {(t.l4, t.dst, t.port) for t in after.opaque} if after is not None else set()
-        lost += [(number, target) for target in policy.opaque if (target.l4, target.dst, target.port) not in kept]
-    return tuple(lost)
-
-
-def _agents_touched(old: Plan, new: Plan) -> int:
-    changed = {n for n in {*old.policies, *new.policies} if old.policies.get(n) != new.policies.get(n)}
-    return sum(number in changed or old.agents.get(agent) != number for agent, number in new.agents.items())
-
-
-def _log_rules(before: Sequence[Rule], after: Sequence[Rule]) -> None:
-    old = {rule.id: rule for rule in before}
-    new = {rule.id: rule for rule in after}
-    for rule_id in new.keys() - old.keys():
-        log.info("rule_added", rule=rule_id, dst=new[rule_id].dst, scope=new[rule_id].scope)
-    for rule_id in old.keys() - new.keys():
-        log.info("rule_removed", rule=rule_id, dst=old[rule_id].dst, scope=old[rule_id].scope)
-    for rule_id in new.keys() & old.keys():
-        if new[rule_id] != old[rule_id]:
-            log.info("rule_modified", rule=rule_id, dst=new[rule_id].dst, scope=new[rule_id].scope)

@@ -17,9 +17,10 @@ import pytest
 from clawker_cp.errors import ClawkerError, Unavailable
 from clawker_cp.firewall import merge, reconcile
 from clawker_cp.firewall.allocation_files import AllocationFiles
+from clawker_cp.firewall.changes import Change
 from clawker_cp.firewall.names import NameTables
 from clawker_cp.firewall.plan import Plan, Topology
-from clawker_cp.firewall.reconcile import Change, Reconciler
+from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.store import RuleStore
 from clawker_cp.testing.plan_world import deny, rule
