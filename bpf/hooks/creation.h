@@ -21,7 +21,7 @@ static __always_inline int deny_socket(struct clawker_subject *s, const struct c
 	s->policy = cfg ? cfg->policy : 0;
 	s->flags = CLAWKER_EF_NO_DESTINATION;
 	s->task = 1;
-	record(s, what, d);
+	record(s, what, d, bpf_ktime_get_ns());
 	bpf_set_retval(-error);
 	return CLAWKER_REFUSE;
 }

@@ -103,7 +103,7 @@ static __always_inline int judge(struct bpf_sock_addr *ctx, const struct clawker
 		count_only(s.cgroup_id, w, d);
 	} else if (d->reason != CLAWKER_R_LOOPBACK) {
 		s.cookie = bpf_get_socket_cookie(ctx);
-		record(&s, w, d);
+		record(&s, w, d, bpf_ktime_get_coarse_ns());
 	}
 	return d->verdict == CLAWKER_V_DENIED ? refuse(d->reason) : CLAWKER_PASS;
 }

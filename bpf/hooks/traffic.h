@@ -24,7 +24,7 @@ static __always_inline int drop(struct __sk_buff *skb, struct clawker_subject *s
 	}
 	s->cookie = bpf_get_socket_cookie(skb);
 	s->quiet = drop_was_recorded(skb, d->reason);
-	record(s, &named, d);
+	record(s, &named, d, bpf_ktime_get_coarse_ns());
 	return CLAWKER_REFUSE;
 }
 
@@ -150,7 +150,7 @@ int clawker_ingress(struct __sk_buff *skb)
 			.reason = CLAWKER_R_INBOUND_REPLY,
 		};
 		s.cookie = bpf_get_socket_cookie(skb);
-		record(&s, &named, &d);
+		record(&s, &named, &d, bpf_ktime_get_coarse_ns());
 	}
 	if (entry != CLAWKER_E_NO)
 		return CLAWKER_PASS;

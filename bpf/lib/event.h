@@ -49,27 +49,21 @@ static __always_inline struct clawker_state *state_of(__u64 *cgroup_id)
 	return bpf_map_lookup_elem(&state_map, cgroup_id);
 }
 
-/* Adds one to a row, making it if there is none. Negative errno when there is no room. */
-static __always_inline long count_in(const struct clawker_metric_key *key, bool *made)
+/* Adds one to a row that is missing, making it. Negative errno when there is no room. */
+static __always_inline long count_new(struct clawker_state *state, const struct clawker_metric_key *key)
 {
-	__u64 one = 1, *count = bpf_map_lookup_elem(&metrics_map, key);
-	long rc;
+	__u64 one = 1, *count;
+	long rc = bpf_map_update_elem(&metrics_map, key, &one, BPF_NOEXIST);
 
-	*made = false;
-	if (!count) {
-		rc = bpf_map_update_elem(&metrics_map, key, &one, BPF_NOEXIST);
-		if (!rc) {
-			*made = true;
-			return 0;
-		}
-		/* Another CPU may have made it meanwhile. */
-		count = bpf_map_lookup_elem(&metrics_map, key);
-		if (!count)
-			return rc;
+	if (!rc) {
+		__sync_fetch_and_add(&state->metric_rows, 1);
+		return 0;
 	}
-	/* Atomic although the value is this CPU's own: a softirq may interrupt. */
-	__sync_fetch_and_add(count, 1);
-	return 0;
+	/* Another CPU may have made it meanwhile. */
+	count = bpf_map_lookup_elem(&metrics_map, key);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	return count ? 0 : rc;
 }
 
 static __always_inline void count_decision(struct clawker_state *state, __u64 cgroup_id, __u16 port,
@@ -82,19 +76,22 @@ static __always_inline void count_decision(struct clawker_state *state, __u64 cg
 		.verdict = d->verdict,
 		.reason = d->reason,
 	};
-	bool made;
+	__u64 *count = bpf_map_lookup_elem(&metrics_map, &key);
 	long rc;
 
-	if (bpf_map_lookup_elem(&metrics_map, &key) || state->metric_rows < CLAWKER_METRIC_ROWS) {
-		rc = count_in(&key, &made);
-		if (made)
-			__sync_fetch_and_add(&state->metric_rows, 1);
-		if (!rc)
+	if (!count) {
+		if (state->metric_rows < CLAWKER_METRIC_ROWS && !count_new(state, &key))
 			return;
+		key.identity = 0;
+		key.port_bucket = 0;
+		count = bpf_map_lookup_elem(&metrics_map, &key);
 	}
-	key.identity = 0;
-	key.port_bucket = 0;
-	rc = count_in(&key, &made);
+	if (count) {
+		/* Atomic although the value is this CPU's own: a softirq may interrupt. */
+		__sync_fetch_and_add(count, 1);
+		return;
+	}
+	rc = count_new(state, &key);
 	if (rc) {
 		__sync_fetch_and_add(&state->uncounted, 1);
 		count_error(CLAWKER_S_METRIC, rc);
@@ -125,12 +122,16 @@ static __always_inline bool within_budget(struct clawker_state *state, __u32 bud
 	return __sync_fetch_and_add(&state->used[budget], 1) < budget_limit(budget);
 }
 
+/*
+ * `now_ns` is the clock of the budget: the coarse one where the hook has it, which is all but
+ * setsockopt. The precise clock is read for what is written only.
+ */
 static __always_inline void record(const struct clawker_subject *s, const struct clawker_want *w,
-				   const struct clawker_decision *d)
+				   const struct clawker_decision *d, __u64 now_ns)
 {
 	__u32 budget = d->verdict == CLAWKER_V_DENIED ? CLAWKER_B_DENY :
 		       d->verdict == CLAWKER_V_BYPASSED ? CLAWKER_B_BYPASS : CLAWKER_B_ALLOW;
-	__u64 counted = s->cgroup_id, sequence, ktime_ns;
+	__u64 counted = s->cgroup_id, sequence;
 	struct clawker_state *state = state_of(&counted);
 	struct clawker_control *now = switches();
 	struct clawker_event *event;
@@ -140,9 +141,8 @@ static __always_inline void record(const struct clawker_subject *s, const struct
 		return;
 	}
 	count_decision(state, counted, w->port, d);
-	ktime_ns = bpf_ktime_get_ns();
 	sequence = __sync_fetch_and_add(&state->sequence, 1) + 1;
-	if (s->quiet || !within_budget(state, budget, ktime_ns)) {
+	if (s->quiet || !within_budget(state, budget, now_ns)) {
 		__sync_fetch_and_add(&state->suppressed[budget], 1);
 		return;
 	}
@@ -151,7 +151,7 @@ static __always_inline void record(const struct clawker_subject *s, const struct
 		count_error(CLAWKER_S_RING, 0);
 		return;
 	}
-	event->ktime_ns = ktime_ns;
+	event->ktime_ns = bpf_ktime_get_ns();
 	event->cgroup_id = s->cgroup_id;
 	event->sequence = sequence;
 	event->cookie = s->cookie;

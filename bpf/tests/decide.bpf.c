@@ -97,6 +97,6 @@ int clawker_record(struct __sk_buff *skb)
 	s.cgroup_id = c.cgroup_id;
 	s.policy = c.config.policy;
 	s.quiet = c.quiet;
-	record(&s, &c.want, &c.decision);
+	record(&s, &c.want, &c.decision, bpf_ktime_get_coarse_ns());
 	return OK;
 }

@@ -105,9 +105,7 @@ def test_agents_do_not_share_names(world: SocketWorld) -> None:
     assert other.error("connect", other.tcp(), TARGET, HTTPS) == "ECONNREFUSED"
 
 
-def test_passed_sockets_stay_their_makers(
-    world: SocketWorld, channel: tuple[socket.socket, socket.socket]
-) -> None:
+def test_passed_sockets_stay_their_makers(world: SocketWorld, channel: tuple[socket.socket, socket.socket]) -> None:
     """A socket handed to another agent is judged as its maker's, at connect and by packet (threat 7)."""
     maker, user = world.agent(channel=channel[0]), world.agent(channel=channel[1])
     allow(world, user)

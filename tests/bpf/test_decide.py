@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+
 from clawker_cp.testing.bpf_abi import ABI
 from clawker_cp.testing.bpf_cases import BASE, TCP, UDP, Decisions
 
@@ -226,7 +227,10 @@ def test_expired_routes_say_so(kernel: Decisions) -> None:
         ({300: (ABI.ACT_PROXY, 10001), 301: (ABI.ACT_PROXY, 10002)}, "redirected name_route 10001"),
         ({301: (ABI.ACT_PROXY, 10002)}, "redirected name_route 10002"),
         ({300: (ABI.ACT_PROXY, 10001), 301: (ABI.ACT_DENY, 0)}, "denied rule_deny"),
-        ({300: (ABI.ACT_PROXY, 10001), 301: (ABI.ACT_DENY, 0), 2: (ABI.ACT_PROXY, 12000)}, "redirected name_route 12000"),
+        (
+            {300: (ABI.ACT_PROXY, 10001), 301: (ABI.ACT_DENY, 0), 2: (ABI.ACT_PROXY, 12000)},
+            "redirected name_route 12000",
+        ),
         ({300: (ABI.ACT_DENY, 0), 303: (ABI.ACT_PROXY, 10000)}, "redirected name_route 10000"),
         ({303: (ABI.ACT_PROXY, 10003)}, "redirected name_route 10003"),
     ],

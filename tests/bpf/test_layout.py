@@ -63,9 +63,7 @@ def test_routes(described: dict[str, Layout]) -> None:
         described["clawker_route_value"], bpfmap.pack_route_value(1, 2, 3, 4), action=1, proxy_port=2, rule=3,
         deadline_ns=4,
     )  # fmt: skip
-    check(
-        described["clawker_proxy_port_key"], bpfmap.pack_proxy_port(1, 2, 3, 6), generation=1, policy=2, port=3, l4=6
-    )
+    check(described["clawker_proxy_port_key"], bpfmap.pack_proxy_port(1, 2, 3, 6), generation=1, policy=2, port=3, l4=6)
 
 
 def test_prefixes(described: dict[str, Layout]) -> None:

@@ -194,6 +194,7 @@ configs = st.builds(
     host_proxy_addr=st.just("198.51.100.1"),
     host_proxy_port=st.sampled_from([0, 18374]),
 )
+questions = st.lists(st.tuples(st.sampled_from(ADDRESSES), ports, l4s), min_size=1, max_size=24)
 cgroups = itertools.count(1000)
 
 
@@ -203,10 +204,8 @@ def deadline(age: str) -> int:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tables=tables_of, config=configs, asked=st.lists(st.tuples(st.sampled_from(ADDRESSES), ports, l4s), min_size=1, max_size=24))  # fmt: skip
-def test_any_policy(
-    kernel: Decisions, tables: Tables, config: AgentConfig, asked: list[tuple[str, int, int]]
-) -> None:
+@given(tables=tables_of, config=configs, asked=questions)
+def test_any_policy(kernel: Decisions, tables: Tables, config: AgentConfig, asked: list[tuple[str, int, int]]) -> None:
     """Flows and packets are decided as the manual says, for every table and destination."""
     if not config.host_proxy_port:
         config = replace(config, host_proxy_addr="")

@@ -92,7 +92,7 @@ def layouts(path: Path) -> dict[str, Layout]:
             return 8
         if kind == _ARRAY:
             element, _, length = struct.unpack("<III", extra)
-            return size_of(element) * length
+            return size_of(int(element)) * int(length)
         return size_of(size)  # typedef, const, volatile: `size` is the type
 
     found = {}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clawker_cp import accel
 from clawker_cp._fast import bpfmap
@@ -110,7 +111,7 @@ class Decisions:
         """Spans are (low, high, action, proxy port, rule, deadline_ns), the last three optional."""
         addr, bits = mapped_prefix(ipaddress.ip_network(prefix))
         key = bpfmap.pack_cidr_key(self.generation, policy, l4, addr, bits)
-        full = [tuple(span) + (0, 9, 0)[len(span) - 3 :] for span in spans]
+        full: Any = [tuple(span) + (0, 9, 0)[len(span) - 3 :] for span in spans]
         self.maps["cidr_map"].put(key, bpfmap.pack_spans(full))
 
     def listener(self, port: int, l4: int = TCP, *, policy: int = 1) -> None:
@@ -132,7 +133,9 @@ class Decisions:
 
     # -- questions
 
-    def flow(self, addr: str, port: int, l4: int = TCP, *, config: AgentConfig | None = BASE, cgroup: int = 5) -> Answer:
+    def flow(
+        self, addr: str, port: int, l4: int = TCP, *, config: AgentConfig | None = BASE, cgroup: int = 5
+    ) -> Answer:
         """What a socket hook decides; `config` None: nobody enrolled the cgroup."""
         return self._answer(self._run("clawker_flow", self._case(addr, port, l4, config, cgroup)))
 
@@ -191,7 +194,9 @@ class Decisions:
             rows = opened.items()
         finally:
             opened.close()
-        return [(key, sum(int.from_bytes(row[i : i + 8], "little") for i in range(0, len(row), 8))) for key, row in rows]
+        return [
+            (key, sum(int.from_bytes(row[i : i + 8], "little") for i in range(0, len(row), 8))) for key, row in rows
+        ]
 
     def _set(self, case: bytearray, layout: str, at: int = 0, **values: int) -> None:
         for name, value in values.items():
@@ -225,7 +230,7 @@ class Decisions:
 
     def _answer(self, out: bytes) -> Answer:
         layout, at = self._layouts["clawker_decision"], self._layouts["clawker_case"].fields["decision"].offset
-        d = {name: layout.read(out[at:], name) for name in layout.fields}
+        d = {name: int(layout.read(out[at:], name)) for name in layout.fields if name != "pad"}
         return Answer(
             VERDICTS[d["verdict"]], REASONS[d["reason"]], d["proxy_port"], d["identity"], d["rule"], bool(d["to_gate"])
         )

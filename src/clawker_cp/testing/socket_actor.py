@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
 import json
 import socket
@@ -45,8 +46,6 @@ def connect(handle: int, addr: str, port: int, limit_s: float = 2.0) -> float:
 
 def disconnect(handle: int) -> None:
     """Connect to AF_UNSPEC, which ends a UDP socket's association."""
-    import ctypes  # noqa: PLC0415 - only here
-
     unspec = struct.pack("<H14x", socket.AF_UNSPEC)
     if ctypes.CDLL(None, use_errno=True).connect(handle, unspec, len(unspec)):
         raise OSError(ctypes.get_errno(), "connect to AF_UNSPEC")
@@ -62,13 +61,11 @@ def sendto(handle: int, data: str, addr: str, port: int, flags: int = 0) -> int:
 
 def send_unspec(handle: int, data: str, addr: str, port: int) -> int:
     """Send with an address whose family says AF_UNSPEC, which Linux takes for IPv4."""
-    import ctypes  # noqa: PLC0415 - only here
-
     to = struct.pack(">2xH4s8x", port, socket.inet_aton(addr))
     sent = ctypes.CDLL(None, use_errno=True).sendto(handle, data.encode(), len(data), 0, to, len(to))
     if sent < 0:
         raise OSError(ctypes.get_errno(), "sendto")
-    return sent
+    return int(sent)
 
 
 def send_with(handle: int, data: str, addr: str, port: int, level: int, kind: int, value: str) -> int:

@@ -80,7 +80,17 @@ class Actor:
         self.cgroup = cgroup
         passed = () if channel is None else (channel.fileno(),)
         self._process = subprocess.Popen(
-            ["sh", "-c", _ENTER, "actor", str(cgroup), str(netns_pid), sys.executable, _ACTOR, *map(str, passed or [-1])],
+            [
+                "sh",
+                "-c",
+                _ENTER,
+                "actor",
+                str(cgroup),
+                str(netns_pid),
+                sys.executable,
+                _ACTOR,
+                *map(str, passed or [-1]),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -217,7 +227,7 @@ class SocketWorld:
     def unenforced(self) -> Iterator[None]:
         """The time before anything was enforced: whoever is not enrolled passes."""
         control = self.manager._maps["control"]
-        row = bpfmap.unpack_control(control.get(bytes(4)))
+        row = bpfmap.unpack_control(control.get(bytes(4)) or b"")
         control.put(bytes(4), bpfmap.pack_control(row["generation"], 0, row["budget"], row["wakeup"]))
         try:
             yield
