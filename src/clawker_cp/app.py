@@ -36,6 +36,7 @@ from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_ro
 from clawker_cp.firewall.envoy.stack import EnvoyStack, envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.firewall.plan import Topology
+from clawker_cp.firewall.rules import agent_scope
 from clawker_cp.firewall.store import RuleStore
 from clawker_cp.processes.lasting import LastingProcess
 from clawker_cp.rpc.local_protocol import SOCKET_NAME
@@ -264,6 +265,10 @@ class ControlPlane:
         async with asyncio.TaskGroup() as group:
             await self._gate.start(group)
             drain.push_async_callback(self._gate.aclose)
+            for sandbox in adopted:
+                known_request = adopted_request(sandbox.spec)
+                key = agent_scope(sandbox.project, sandbox.agent)
+                self._policy.preload(key, known_request.rules, learn=known_request.learn)
             topology = Topology(reserved=tuple(await self._reserved()), http3=self._settings.envoy.http3)
             await self._policy.start(topology)
             self._enforcement.use(self._policy.plan, self._gate)

@@ -22,6 +22,7 @@ from clawker_cp.rpc.local_protocol import SOCKET_NAME, LocalChannel, connect
 CONNECT_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
 ATTEMPTS = 5
+DIED = "SERVER_DIED"
 
 
 class ServerRefused(Unavailable):
@@ -51,7 +52,7 @@ async def join_server(directories: Directories, streams: tuple[int, int, int]) -
             try:
                 await _start_server(directories)
             except ServerRefused as error:
-                if error.code != "ALREADY_RUNNING":
+                if error.code not in {"ALREADY_RUNNING", DIED}:
                     raise
                 refusal = error
     raise Unavailable(
@@ -99,7 +100,9 @@ async def _start_server(directories: Directories) -> None:
         server.poll()
         server.returncode = server.returncode if server.returncode is not None else 0
     if not line:
-        raise ServerRefused("the server ended before it was ready", hint=f"its output is in {logs / 'server.out'}")
+        raise ServerRefused(
+            "the server ended before it was ready", code=DIED, hint=f"its output is in {logs / 'server.out'}"
+        )
     answer = orjson.loads(line)
     if not answer.get("ready"):
         raise ServerRefused(answer.get("message", "unknown"), code=answer.get("code"), hint=answer.get("hint"))

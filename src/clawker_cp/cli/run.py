@@ -35,7 +35,7 @@ from clawker_cp.runtime.runner import run_main
 
 OWN_FAILURE = 125  # ruling R40
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-REATTACH_LIMIT = 5
+REATTACH_LIMIT = 100
 OUTPUT_DRAIN_S = 2.0
 
 
@@ -153,8 +153,7 @@ class RunClient:
                     )
                 self._say("the server went away; enforcement holds, starting a new one", level="warning")
                 await channel.aclose()
-                self._channel = await join_server(self._directories, streams if bridge is None else (0, 1, 2))
-                await self._channel.send({"op": "attach", "id": self._sandbox_id})
+                await self._attach_again(streams if bridge is None else (0, 1, 2))
                 continue
             code = await self._handle(message, bridge)
             if code is not None:
@@ -163,6 +162,12 @@ class RunClient:
                     bridge.close()
                 self._finish(message)
                 return code
+
+    async def _attach_again(self, streams: tuple[int, int, int]) -> None:
+        self._channel = await join_server(self._directories, streams)
+        # A dying server may still take a connection: the next `receive` then sees its end.
+        with contextlib.suppress(Unavailable):
+            await self._channel.send({"op": "attach", "id": self._sandbox_id})
 
     async def _handle(self, message: dict[str, Any], bridge: TerminalBridge | None) -> int | None:
         event = message.get("event")

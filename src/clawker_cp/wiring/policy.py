@@ -110,6 +110,18 @@ class PolicyService:
         """Rule ids by the index kernel rows carry."""
         return self.plan.rule_ids if self._compiled is not None else ()
 
+    def preload(self, key: str, rules: str, *, learn: bool) -> None:
+        """
+        Take over a run's rules before `start`, so that connections of a sandbox that ran on survive.
+        """
+        self._ephemeral[key] = self._parse(key, rules)
+        if learn:
+            self._learning.add(key)
+
+    @staticmethod
+    def _parse(key: str, rules: str) -> tuple[Rule, ...]:
+        return tuple(replace(rule, scope=key, source="control") for rule in read_rules(rules, scope=key))
+
     async def start(self, topology: Topology) -> None:
         """
         Read, compile and apply what is stored; a rule that does not compile closes, it never opens.
@@ -124,7 +136,15 @@ class PolicyService:
         loaded = await asyncio.to_thread(self._files.load)
 
         def attempt(candidate: Sequence[Rule]) -> Compiled | list[Problem]:
-            return compile_plan(candidate, (), topology, loaded.allocations, now=time.time())
+            everything = [*candidate, *(rule for own in self._ephemeral.values() for rule in own)]
+            return compile_plan(
+                everything,
+                sorted(self._ephemeral),
+                topology,
+                loaded.allocations,
+                now=time.time(),
+                learn=frozenset(self._learning),
+            )
 
         compiled, skipped = await asyncio.to_thread(drop_until_it_compiles, rules, attempt)
         for problem in skipped:
@@ -143,7 +163,7 @@ class PolicyService:
 
         Raises `RuleInvalid` with every problem, and nothing has changed.
         """
-        parsed = tuple(replace(rule, scope=key, source="control") for rule in read_rules(rules, scope=key))
+        parsed = self._parse(key, rules)
         async with self._lock:
             before = (OrderedDict(self._ephemeral), set(self._learning))
             self._ephemeral[key] = parsed
