@@ -10,8 +10,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
+
+import msgspec
 
 from clawker_cp.accel import KernelEvent
 from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, DNS, KERNEL, PROXY, REDIRECTED, Flow
@@ -74,6 +77,7 @@ class DnsRecordLike(Protocol):
     def duration_ns(self) -> int: ...
 
 
+@lru_cache(maxsize=16384)
 def address_text(addr: bytes) -> str:
     """
     Text of 4 or 16 octets; a mapped IPv4 address reads as IPv4, nothing reads as nothing.
@@ -92,6 +96,81 @@ def monotonic_offset_ns() -> int:
     return time.time_ns() - time.monotonic_ns()
 
 
+class Sequences:
+    """
+    The last number of each agent's series, to tell how many records are missing before the next.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[int, int] = {}
+
+    def forget(self, cgroup_id: int) -> None:
+        """
+        Drop an agent that is gone; cgroup ids are not reused.
+        """
+        self.last.pop(cgroup_id, None)
+
+
+def kernel_flows(
+    events: Iterable[KernelEvent],
+    who_of: Callable[[int], Who | None],
+    *,
+    offset_ns: int,
+    rule_ids: Sequence[str],
+    name_of: Callable[[int, str], str],
+    sequences: Sequences,
+) -> list[Flow]:
+    """
+    Kernel decisions, many at a time; `name_of(cgroup_id, address)` gives the name the agent was told, or "".
+
+    `who_of(cgroup_id)` is asked once per agent and call. A gap in an agent's series is the `lost_before`
+    of the record after it. CPUs may hand in records out of order: that is no gap.
+    """
+    flows: list[Flow] = []
+    append, last, rules = flows.append, sequences.last, len(rule_ids)
+    known: dict[int, tuple[str, str, str, str]] = {}
+    for (
+        ktime_ns, cgroup_id, sequence, _cookie, addr, _identity, policy, rule, uid, pid, port, proxy_port, verdict,
+        reason, hook, _family, protocol, kind, flags,
+    ) in events:  # fmt: skip
+        labels = known.get(cgroup_id)
+        if labels is None:
+            who = who_of(cgroup_id)
+            prefix = f"k-{cgroup_id:x}-"
+            labels = known[cgroup_id] = (prefix, who.id, who.project, who.agent) if who else (prefix, "", "", "")
+        prefix, container_id, project, agent = labels
+        before = last.get(cgroup_id, sequence - 1)
+        lost = sequence - before - 1
+        if lost >= 0:
+            last[cgroup_id] = sequence
+        address = "" if flags & 1 else address_text(addr)
+        append(
+            Flow(
+                f"{prefix}{sequence}",
+                ktime_ns + offset_ns,
+                container_id,
+                project,
+                agent,
+                KERNEL,
+                _KERNEL_VERDICTS.get(verdict, DENIED),
+                REASONS.get(reason) or f"reason_{reason}",
+                rule_ids[rule] if rule < rules else "",
+                policy,
+                "raw" if kind == SOCK_RAW else _PROTOCOLS.get(protocol, "other"),
+                name_of(cgroup_id, address) if address else "",
+                address,
+                port,
+                proxy_port,
+                uid=uid,
+                pid=pid,
+                sequence=sequence,
+                lost_before=lost if lost > 0 else 0,
+                hook=HOOKS.get(hook, ""),
+            )
+        )
+    return flows
+
+
 def from_kernel(
     event: KernelEvent,
     who: Who | None,
@@ -102,32 +181,12 @@ def from_kernel(
     lost_before: int = 0,
 ) -> Flow:
     """
-    A kernel decision; `name_of(cgroup_id, address)` gives the name the agent was told, or "".
+    One kernel decision, see `kernel_flows`.
     """
-    address = "" if event.flags & 1 else address_text(event.addr)
-    proto = "raw" if event.type == SOCK_RAW else _PROTOCOLS.get(event.protocol, "other")
-    return Flow(
-        event_id=f"k-{event.cgroup_id:x}-{event.sequence}",
-        time_unix_ns=event.ktime_ns + offset_ns,
-        container_id=who.id if who else "",
-        project=who.project if who else "",
-        agent=who.agent if who else "",
-        layer=KERNEL,
-        verdict=_KERNEL_VERDICTS.get(event.verdict, DENIED),
-        reason=REASONS.get(event.reason, f"reason_{event.reason}"),
-        rule_id=rule_ids[event.rule] if event.rule < len(rule_ids) else "",
-        policy=event.policy,
-        proto=proto,
-        host=name_of(event.cgroup_id, address) if address else "",
-        address=address,
-        port=event.port,
-        proxy_port=event.proxy_port,
-        uid=event.uid,
-        pid=event.pid,
-        sequence=event.sequence,
-        lost_before=lost_before,
-        hook=HOOKS.get(event.hook, ""),
+    (flow,) = kernel_flows(
+        [event], lambda _cgroup: who, offset_ns=offset_ns, rule_ids=rule_ids, name_of=name_of, sequences=Sequences()
     )
+    return msgspec.structs.replace(flow, lost_before=lost_before) if lost_before else flow
 
 
 def from_dns(record: DnsRecordLike, who: Who | None) -> Flow:
@@ -167,7 +226,7 @@ def from_proxy(line: Mapping[str, Any], who: Who | None) -> Flow:
         denied, reason = True, "request_refused"
     return Flow(
         event_id=str(line.get("event_id") or ""),
-        time_unix_ns=time.time_ns(),
+        time_unix_ns=_number(line.get("start_time_ns")) or time.time_ns(),
         container_id=who.id if who else "",
         project=who.project if who else "",
         agent=who.agent if who else "",
