@@ -111,7 +111,8 @@ async def test_everything_else_is_refused_at_once_with_a_reason(machine: Machine
     """Names, addresses, ports and families that no rule names fail within 50 ms and are recorded."""
     code = """
 import socket, time
-targets = [(2, ("198.51.100.10", 22)), (2, ("198.51.100.10", 6379)), (2, ("192.0.2.2", 80)), (10, ("2001:db8::10", 443))]
+targets = [(2, ("198.51.100.10", 22)), (2, ("198.51.100.10", 6379)), (2, ("192.0.2.2", 80))]
+targets.append((10, ("2001:db8::10", 443)))
 for family, address in targets:
     started = time.monotonic()
     try:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 import dns.exception
 import dns.message
-import dns.rdataclass
 import dns.name
 import dns.rcode
 import dns.rdata
+import dns.rdataclass
 import dns.rdatatype
 import dns.rdtypes.svcbbase
 import dns.rrset

@@ -68,7 +68,7 @@ class AgentConfig:
         )
         return bpfmap.pack_config(
             self.policy,
-            flags,
+            int(flags),
             self.bypass_until_ns,
             mapped(self.proxy_addr),
             mapped(self.dns_addr),

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import re2  # type: ignore[import-untyped]  # the wheel has no stubs
+import re2
 
 from clawker_cp.firewall.plan import PathEntry, PathPolicy
 from clawker_cp.firewall.rules import ALLOW, PathRule

@@ -1,36 +1,30 @@
 """
 What is said at the end of a run: what was allowed and denied, and how to allow what was denied.
 
-Also the learned rules of a `--learn` run. Pure, over the flow records of one agent.
+Pure, over the flow records of one agent.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-from clawker_cp.telemetry.enrich import is_address
-from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, DNS, KERNEL, PROXY, REDIRECTED, Flow
+from clawker_cp.telemetry.flows import DENIED, DNS, KERNEL, PROXY, Flow
+from clawker_cp.telemetry.learn import Destination, learned
 
 DIRECT_REASONS = frozenset({"address_rule", "bypass", "learn"})
+# Refusals that a rule would change; the others are no matter of rules, or of a deny rule that is meant.
+CURABLE = frozenset({"not_allowed", "no_route", "host_not_allowed", "path_denied", "route_expired"})
 SHOWN = 20
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class Destination:
-    """What a rule would have to name."""
-
-    host: str
-    proto: str
-    port: int
-    path: str = ""
-    method: str = ""
+__all__ = ["Destination", "Summary", "destination", "learned"]
 
 
 class Summary:
     """
-    Counts outcomes of one agent as records come; bounded by `limit` destinations.
+    Counts outcomes of one agent as records come; bounded by `limit` destinations of each kind.
+
+    A resolver that asks for A, AAAA and HTTPS of a refused name asked once.
     """
 
     def __init__(self, limit: int = 4096) -> None:
@@ -38,22 +32,38 @@ class Summary:
         self.allowed: Counter[Destination] = Counter()
         self.denied: Counter[Destination] = Counter()
         self._reasons: dict[Destination, str] = {}
+        self._questions: dict[Destination, Counter[str]] = {}
 
     def add(self, flows: Iterable[Flow]) -> None:
         """
         Count what is an outcome: every refusal, and what really went out.
         """
         for flow in flows:
-            target = destination(flow)
             if flow.verdict == DENIED:
-                self._count(self.denied, target)
-                self._reasons.setdefault(target, flow.reason)
+                target = destination(flow)
+                if (flow.layer != DNS or self._asked_anew(target, flow.query_type)) and self._count(
+                    self.denied, target
+                ):
+                    self._reasons.setdefault(target, flow.reason)
             elif (flow.layer == PROXY and not flow.status) or (flow.layer == KERNEL and flow.reason in DIRECT_REASONS):
+                target = destination(flow)
                 self._count(self.allowed, Destination(target.host, target.proto, target.port))
 
-    def _count(self, counter: Counter[Destination], target: Destination) -> None:
-        if target in counter or len(counter) < self._limit:
-            counter[target] += 1
+    def _asked_anew(self, target: Destination, query_type: str) -> bool:
+        asked = self._questions.get(target)
+        if asked is None:
+            if len(self._questions) >= self._limit:
+                return True
+            asked = self._questions[target] = Counter()
+        most = max(asked.values(), default=0)
+        asked[query_type] += 1
+        return asked[query_type] > most
+
+    def _count(self, counter: Counter[Destination], target: Destination) -> bool:
+        if target not in counter and len(counter) >= self._limit:
+            return False
+        counter[target] += 1
+        return True
 
     def lines(self, allow: Callable[[Destination], str]) -> list[str]:
         """
@@ -62,8 +72,9 @@ class Summary:
         lines = [f"{sum(self.allowed.values())} allowed, {sum(self.denied.values())} denied"]
         lines += [f"  allowed {count:>5} x  {_text(t)}" for t, count in self.allowed.most_common(SHOWN)]
         for target, count in self.denied.most_common(SHOWN):
-            lines.append(f"  denied  {count:>5} x  {_text(target)}  ({self._reasons[target]})")
-            command = allow(target)
+            reason = self._reasons[target]
+            lines.append(f"  denied  {count:>5} x  {_text(target)}  ({reason})")
+            command = allow(target) if reason in CURABLE else ""
             if command:
                 lines.append(f"{'':17}allow it with: {command}")
         return lines
@@ -79,22 +90,6 @@ def destination(flow: Flow) -> Destination:
     return Destination(
         flow.host or flow.address, flow.proto, flow.port, path, flow.method if path and flow.method != "GET" else ""
     )
-
-
-def learned(flows: Iterable[Flow]) -> list[Destination]:
-    """
-    The least that would have sufficed for what a learning run reached, sorted.
-
-    A name with a port is one rule; a flow to an address that was never resolved names the address.
-    """
-    found: set[Destination] = set()
-    for flow in flows:
-        if flow.layer == PROXY and flow.verdict in {ALLOWED, REDIRECTED} and flow.host and flow.port:
-            found.add(Destination(flow.host, flow.proto, flow.port))
-        elif flow.layer == KERNEL and flow.reason in {"learn"} and flow.verdict in {ALLOWED, BYPASSED}:
-            proto = "ssh" if flow.proto == "tcp" and flow.port == 22 else flow.proto
-            found.add(Destination(flow.host or flow.address, proto, flow.port))
-    return sorted(found, key=lambda d: (is_address(d.host), d.host, d.port, d.proto))
 
 
 def _text(target: Destination) -> str:

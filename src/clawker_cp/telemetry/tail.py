@@ -36,7 +36,7 @@ class AccessLogTail:
         Follow until cancelled.
         """
         try:
-            while True:
+            while True:  # noqa: ASYNC110 - a file that grows has no event to wait for
                 await asyncio.sleep(0 if self.read() else POLL_S)
         finally:
             if self._file is not None:

@@ -44,6 +44,16 @@ def connect(handle: int, addr: str, port: int, limit_s: float = 2.0) -> float:
     return (time.monotonic() - started) * 1000
 
 
+def connect_often(handle: int, addr: str, port: int, times: int) -> float:
+    """Connect one datagram socket again and again, refused or not; returns nanoseconds a call."""
+    opened, there = SOCKETS[handle], (addr, port)
+    started = time.perf_counter_ns()
+    for _ in range(times):
+        with contextlib.suppress(OSError):
+            opened.connect(there)
+    return (time.perf_counter_ns() - started) / times
+
+
 def disconnect(handle: int) -> None:
     """Connect to AF_UNSPEC, which ends a UDP socket's association."""
     unspec = struct.pack("<H14x", socket.AF_UNSPEC)
@@ -189,7 +199,7 @@ def _udp_server(opened: socket.socket, addr: str, port: int) -> None:
 ACTIONS: dict[str, Callable[..., Any]] = {
     one.__name__: one
     for one in (
-        make, connect, disconnect, send, sendto, send_unspec, send_with, receive, peer, own, option, bind, listen,
+        make, connect, connect_often, disconnect, send, sendto, send_unspec, send_with, receive, peer, own, option, bind, listen,
         accept, close, give, take, serve, received,
     )
 }  # fmt: skip

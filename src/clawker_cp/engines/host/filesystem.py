@@ -36,6 +36,12 @@ ETC_SHOWN = (
     "protocols", "python3", "python3.11", "python3.12", "python3.13", "rpc", "security", "services", "sgml", "shells",
     "skel", "ssl", "system-release", "terminfo", "timezone", "vim", "xattr.conf", "xdg", "xml",
 )  # fmt: skip
+PROC_FIXED = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/driver", "/proc/mtrr")
+PROC_HIDDEN = (
+    "/proc/acpi", "/proc/asound", "/proc/kallsyms", "/proc/kcore", "/proc/key-users", "/proc/keys", "/proc/kmsg",
+    "/proc/kpagecgroup", "/proc/kpagecount", "/proc/kpageflags", "/proc/latency_stats", "/proc/sched_debug",
+    "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/vmallocinfo",
+)  # fmt: skip
 _SECRET_NAMES = ("private", "auth.conf", "auth.conf.d", "credentials", "keytab")
 _SECRET_ENDINGS = (".key", "_key", ".keytab", ".p12", ".pfx")
 _HIDDEN_KINDS = frozenset({
@@ -123,7 +129,7 @@ def view_arguments(
         elif path.is_dir():
             args += ["--ro-bind", link, link]
     args += ["--ro-bind-try", "/opt", "/opt"]
-    args += ["--proc", "/proc", "--dev", "/dev"]
+    args += ["--proc", "/proc", *_kernel_arguments(), "--dev", "/dev"]
     for directory in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - the sandbox's own
         args += ["--perms", "1777", "--tmpfs", directory]
     args += ["--perms", "0755", "--tmpfs", "/run", "--perms", "1777", "--dir", "/run/lock"]
@@ -145,6 +151,23 @@ def view_arguments(
         shown.append((real, target))
     for source, target in shown:
         args += _covers(source, target, masked, mounts)
+    return args
+
+
+def _kernel_arguments() -> list[str]:
+    # Files of proc ask for the user, not for capabilities: root of a sandbox is root there, and
+    # kernel/core_pattern alone would let it run a program on the host. What bubblewrap itself covers
+    # depends on what it may write, so nothing is left to it.
+    args = []
+    for name in PROC_FIXED:
+        if Path(name).exists():
+            args += ["--ro-bind", name, name]
+    for name in PROC_HIDDEN:
+        path = Path(name)
+        if path.is_dir():
+            args += ["--tmpfs", name, "--remount-ro", name]
+        elif path.exists():
+            args += ["--ro-bind", "/dev/null", name]
     return args
 
 

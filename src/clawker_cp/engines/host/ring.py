@@ -92,6 +92,7 @@ class HostRing:
                 # transaction: there is no moment without a ring.
                 log.warning("engines_ring_remade", error=str(error))
                 await run("nft", "-f", "-", text=fresh + script)
+                self._direct.clear()
             living = {address for _interface, address in sandboxes}
             for name in ("direct", "everywhere"):
                 gone = [item for item in await self._elements(name) if _source(item) not in living]

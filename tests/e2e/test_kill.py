@@ -1,0 +1,137 @@
+"""
+kill -9 of the server, of Envoy and of the client while an agent runs: nothing opens, things come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+
+import pytest
+
+from clawker_cp.testing.machine import Machine, outcome
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+
+KILLS = int(os.environ.get("CLAWKER_CP_KILLS", "5"))
+
+# Tries what is denied all the time, and what is allowed now and then; ends when the file appears.
+LOOP = """
+import os, socket, subprocess, time
+opened = 0
+while not os.path.exists("stop"):
+    for address in (("203.0.113.66", 6379), ("198.51.100.10", 22)):
+        s = socket.socket(); s.settimeout(0.5)
+        try:
+            s.connect(address); print("OPENED", address, flush=True); opened += 1
+        except OSError: pass
+        s.close()
+    try: socket.getaddrinfo("evil.example.org", 443); print("RESOLVED", flush=True)
+    except OSError: pass
+    time.sleep(0.01)
+page = ""
+until = time.monotonic() + 20
+while not page and time.monotonic() < until:
+    curl = ["curl", "-sS", "-m", "5", "https://www.example.com/echo"]
+    page = subprocess.run(curl, capture_output=True, text=True).stdout
+print("AFTER", "www.example.com" in page, flush=True)
+raise SystemExit(9)
+"""
+
+
+async def server_pid(machine: Machine) -> int:
+    done = await machine.host.run(["cat", "/run/clawker/cp.pid"])
+    return int(done.out.strip() or 0)
+
+
+async def wait_for(machine: Machine, condition: str, limit_s: float = 20) -> None:
+    """Wait until a shell condition holds in the machine."""
+    until = time.monotonic() + limit_s
+    while (await machine.host.run(["sh", "-c", condition])).code != 0:
+        log = machine.host.directory / "state" / "logs" / "server.out"
+        assert time.monotonic() < until, f"{condition}: {log.read_text()[-2000:]}"
+        await asyncio.sleep(0.05)
+
+
+async def test_killing_the_server_opens_nothing_and_the_next_one_adopts(machine: Machine) -> None:
+    """Through many kills of the server nothing denied opens; at the end new names work and the exit code arrives."""
+    argv = machine.argv(
+        "--allow", "https://www.example.com", "--allow", "tcp://db.example.com:5432",
+        command=["/usr/bin/python3", "-c", LOOP],
+    )  # fmt: skip
+    pipe = asyncio.subprocess.PIPE
+    process = await machine.host.start(argv, env=machine.environment, stdin=pipe, stdout=pipe, stderr=pipe)
+    chance = random.Random(7)
+    try:
+        pids: set[int] = set()
+        for _ in range(KILLS):
+            await wait_for(machine, "test -s /run/clawker/cp.pid && kill -0 $(cat /run/clawker/cp.pid)")
+            await asyncio.sleep(chance.uniform(0.3, 1.5))
+            pid = await server_pid(machine)
+            pids.add(pid)
+            await machine.host.run(["kill", "-9", str(pid)])
+        (machine.workdir / "stop").touch()
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+    finally:
+        (machine.workdir / "stop").unlink(missing_ok=True)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    done = outcome(process.returncode or 0, out.decode(), err.decode())
+
+    assert "OPENED" not in done.out and "RESOLVED" not in done.out
+    assert "AFTER True" in done.out, done.err[-1500:]
+    assert done.code == 9, done.err[-1500:]
+    assert len(pids) == KILLS
+
+
+async def test_killing_envoy_opens_nothing_and_it_comes_back(machine: Machine) -> None:
+    """After kill -9 of Envoy an allowed request works again within ten seconds and a denied one stays denied."""
+    code = """
+import subprocess, time
+def page(url): return subprocess.run(["curl", "-sS", "-m", "3", url], capture_output=True, text=True).stdout
+print("BEFORE", "api.example.com" in page("https://api.example.com/echo"), flush=True)
+open("ready", "w").close()
+import os
+while not os.path.exists("killed"): time.sleep(0.01)
+until = time.monotonic() + 10
+while "api.example.com" not in page("https://api.example.com/echo") and time.monotonic() < until: pass
+print("AFTER", time.monotonic() < until, "evil" in page("https://evil.example.org/echo"), flush=True)
+"""
+    argv = machine.argv("--allow", "https://api.example.com", command=["/usr/bin/python3", "-c", code])
+    pipe = asyncio.subprocess.PIPE
+    process = await machine.host.start(argv, env=machine.environment, stdin=pipe, stdout=pipe, stderr=pipe)
+    try:
+        until = time.monotonic() + 30
+        while not (machine.workdir / "ready").exists():
+            assert time.monotonic() < until
+            await asyncio.sleep(0.05)
+        mark = machine.host.directory / "data" / "firewall" / "envoy.pid"
+        await machine.host.run(["sh", "-c", f"kill -9 $(sed 's/[^0-9]*\\([0-9]*\\).*/\\1/' {mark})"])
+        (machine.workdir / "killed").touch()
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+    finally:
+        for name in ("ready", "killed"):
+            (machine.workdir / name).unlink(missing_ok=True)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    assert "BEFORE True" in out.decode(), err.decode()[-1500:]
+    assert "AFTER True False" in out.decode(), err.decode()[-1500:]
+
+
+async def test_killing_the_client_ends_its_sandbox(machine: Machine) -> None:
+    """A sandbox whose client was killed is ended, and with the last one everything is gone."""
+    argv = machine.argv(command=["sleep", "1000"])
+    process = await machine.host.start(argv, env=machine.environment, stdin=asyncio.subprocess.DEVNULL)
+    await wait_for(machine, "pgrep -x sleep -a | grep -q 1000")
+    process.kill()  # every stage between us and the client is an exec: this is the client
+    await process.wait()
+    await wait_for(machine, "! ip link show clawker0 2>/dev/null && ! ls /sys/fs/bpf/clawker 2>/dev/null", 40)
+
+    assert (await machine.host.run(["ip", "netns", "list"])).out.strip() == ""
