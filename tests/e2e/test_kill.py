@@ -67,7 +67,9 @@ async def test_killing_the_server_opens_nothing_and_the_next_one_adopts(machine:
     try:
         pids: set[int] = set()
         for _ in range(KILLS):
-            await wait_for(machine, "test -s /run/clawker/cp.pid && kill -0 $(cat /run/clawker/cp.pid)")
+            last = max(pids, default=0)
+            known = "$(cat /run/clawker/cp.pid)"
+            await wait_for(machine, f'test -n "{known}" && test "{known}" != {last} && kill -0 "{known}"')
             await asyncio.sleep(chance.uniform(0.3, 1.5))
             pid = await server_pid(machine)
             pids.add(pid)

@@ -67,7 +67,7 @@ class LocalChannel:
         try:
             self._writer.write(orjson.dumps(message) + b"\n")
             await self._writer.drain()
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError) as error:  # uvloop: writing to a closed transport is the latter
             raise Unavailable("the other side of the local socket went away") from error
 
     async def aclose(self) -> None:

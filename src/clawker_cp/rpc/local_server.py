@@ -123,7 +123,7 @@ class LocalServer:
     async def _client(self, sock: socket.socket, on_change: Callable[[], None]) -> None:
         try:
             await self._serve_client(sock)
-        except (ClawkerError, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - one client's failure must never reach the others
             log.warning("rpc_local_client_failed", error=str(error) or type(error).__name__)
         finally:
             sock.close()
