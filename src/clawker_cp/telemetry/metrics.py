@@ -1,0 +1,168 @@
+"""
+The numbers of this process in Prometheus text form, with the names of the contract.
+
+Counted where things happen, on the loop; gauges of state are asked for when somebody scrapes. HTTP is served
+elsewhere. No label ever holds a name an agent chose, an address or a token: label values come from the fixed
+sets below, anything else counts as `other`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from clawker_cp.runtime.health import Component, Health
+from clawker_cp.telemetry.enrich import REASONS
+from clawker_cp.telemetry.flowlog import FlowLog
+from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, DNS, KERNEL, PROXY, REDIRECTED, Flow
+
+PREFIX = "clawker_cp"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+AGENT_STATES = ("enrolled", "quarantined", "bypassed", "connected", "untrusted")
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+FAST_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.01, 0.1, 1.0)
+
+_LAYERS = {KERNEL: "kernel", DNS: "dns", PROXY: "proxy"}
+_VERDICTS = {ALLOWED: "allowed", DENIED: "denied", BYPASSED: "bypassed", REDIRECTED: "redirected"}
+_GATE_REASONS = frozenset(
+    [
+        "not_allowed",
+        "rule_deny",
+        "reserved",
+        "type",
+        "budget",
+        "address_refused",
+        "forwarder_failed",
+        "map_write_failed",
+        "proxy_not_ready",
+        "malformed",
+        "answered",
+        "bypassed",
+        "quarantined",
+        "unknown_client",
+    ]
+)
+_PROXY_REASONS = frozenset(
+    [
+        "host_not_allowed",
+        "rule_deny",
+        "path_denied",
+        "path_not_canonical",
+        "sni_mismatch",
+        "request_refused",
+        "origin_error",
+        "forwarded",
+    ]
+)
+_REASONS = frozenset(REASONS.values()) | _GATE_REASONS | _PROXY_REASONS
+_HEALTH = {Health.FAILED: 0, Health.DEGRADED: 1, Health.OK: 2}
+
+
+class Metrics:
+    """
+    One per server, with a registry of its own. Every method is cheap and never raises for unknown label values.
+
+    `agents` gives counts by state, `maps` gives (entries, capacity) by map name, both asked at each scrape.
+    """
+
+    def __init__(
+        self,
+        *,
+        flows: FlowLog | None = None,
+        components: Callable[[], Iterable[Component]] = tuple,
+        agents: Callable[[], Mapping[str, int]] = dict,
+        maps: Callable[[], Mapping[str, tuple[int, int]]] = dict,
+        state: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._decisions: dict[tuple[str, str, str], int] = {}
+        self._flows = flows
+        self._components = components
+        self._agents = agents
+        self._maps = maps
+        self._state = state
+        r = self.registry
+        self.info = Gauge(f"{PREFIX}_info", "What runs.", ["version", "engine", "stack", "accel"], registry=r)
+        self.ready = Gauge(f"{PREFIX}_ready", "1 once ready.", registry=r)
+        self.policy_apply = Histogram(
+            f"{PREFIX}_policy_apply_seconds", "Rule change to enforced.", ["result"], buckets=SECONDS, registry=r
+        )
+        self.connections_cut = Counter(f"{PREFIX}_connections_cut", "Connections ended.", ["cause"], registry=r)
+        self.dns_queries = Counter(f"{PREFIX}_dns_queries", "Questions.", ["result"], registry=r)
+        self.dns_seconds = Histogram(
+            f"{PREFIX}_dns_seconds", "Question to answer.", ["path"], buckets=FAST_SECONDS, registry=r
+        )
+        self.child_restarts = Counter(f"{PREFIX}_child_restarts", "Children started again.", ["child"], registry=r)
+        self.certificate_expiry = Gauge(
+            f"{PREFIX}_certificate_expiry_seconds", "Seconds until a certificate ends.", ["name"], registry=r
+        )
+        self.loop_lag = Histogram(
+            f"{PREFIX}_loop_lag_seconds", "How late the loop runs.", buckets=FAST_SECONDS, registry=r
+        )
+        r.register(_State(self))
+
+    def count_flows(self, flows: Iterable[Flow]) -> None:
+        """
+        Count decisions by layer, verdict and reason.
+        """
+        decisions = self._decisions
+        for flow in flows:
+            key = (flow.layer, flow.verdict, flow.reason if flow.reason in _REASONS else "other")
+            decisions[key] = decisions.get(key, 0) + 1
+
+    def collect(self) -> Iterable[Metric]:
+        """
+        The gauges and counters that are read from elsewhere.
+        """
+        decided = CounterMetricFamily(f"{PREFIX}_decisions", "Decisions.", labels=["layer", "verdict", "reason"])
+        for (layer, verdict, reason), count in sorted(self._decisions.items()):
+            decided.add_metric([_LAYERS.get(layer, "other"), _VERDICTS.get(verdict, "other"), reason], count)
+        yield decided
+        if self._flows is not None:
+            yield CounterMetricFamily(f"{PREFIX}_flow_records", "Flow records taken.", value=self._flows.taken)
+            lost = CounterMetricFamily(f"{PREFIX}_flow_lost", "Flow records lost.", labels=["where"])
+            counts = self._flows.lost
+            for where in ("kernel", "queue", "subscriber", "export"):
+                lost.add_metric([where], counts[where])
+            yield lost
+        health = GaugeMetricFamily(f"{PREFIX}_component_health", "0 failed, 1 degraded, 2 ok.", labels=["component"])
+        for component in self._components():
+            if component.health in _HEALTH:
+                health.add_metric([component.name], _HEALTH[component.health])
+        yield health
+        agents = GaugeMetricFamily(f"{PREFIX}_agents", "Agents by state.", labels=["state"])
+        states = self._agents()
+        for state in AGENT_STATES:
+            agents.add_metric([state], states.get(state, 0))
+        yield agents
+        entries = GaugeMetricFamily(f"{PREFIX}_map_entries", "Rows of a kernel map.", labels=["map"])
+        capacity = GaugeMetricFamily(f"{PREFIX}_map_capacity", "Rows a kernel map can hold.", labels=["map"])
+        for name, (used, most) in sorted(self._maps().items()):
+            entries.add_metric([name], used)
+            capacity.add_metric([name], most)
+        yield entries
+        yield capacity
+        values = self._state()
+        for name in ("policy_version", "policies", "rules", "routes"):
+            if name in values:
+                yield GaugeMetricFamily(f"{PREFIX}_{name}", name.replace("_", " ").capitalize(), value=values[name])
+
+    def render(self) -> bytes:
+        """
+        The body of a scrape, of type `CONTENT_TYPE`.
+        """
+        return generate_latest(self.registry)
+
+
+class _State(Collector):
+    """Asks `Metrics` at each scrape."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.collect()
