@@ -88,6 +88,18 @@ async def test_system_is_read_only_and_own_places_are_writable(host: Host) -> No
     assert (host.workdir / "x").stat().st_uid == 1001
 
 
+async def test_kernel_settings_are_read_only_even_for_root_with_dockers_capabilities(host: Host) -> None:
+    """No file of proc outside processes can be opened for writing, core_pattern above all; insides are hidden."""
+    script = (
+        "for f in $(find /proc/[a-z]* -path /proc/self -prune -o -path /proc/thread-self -prune -o -type f -perm /222 "
+        '-print 2>/dev/null); do (exec 3>>"$f") 2>/dev/null && echo "open $f"; done;'
+        "cat /proc/keys /proc/kallsyms /proc/timer_list 2>/dev/null; cat /proc/sys/net/ipv4/ping_group_range"
+    )
+    fields = {"uid": 0, "gid": 0, "allow_root": True, "seccomp": False, "capabilities": DOCKER_CAPABILITIES}
+    code, output = await host.run("bash", "-c", script, **fields)
+    assert (code, output.split()) == (0, ["1", "0"])
+
+
 async def test_our_directories_are_masked_inside_a_mount(host: Host) -> None:
     """A working directory that holds the control plane's state shows an empty, closed directory there (R27)."""
     (host.state / "secret").write_text("key")

@@ -36,7 +36,9 @@ ETC_SHOWN = (
     "protocols", "python3", "python3.11", "python3.12", "python3.13", "rpc", "security", "services", "sgml", "shells",
     "skel", "ssl", "system-release", "terminfo", "timezone", "vim", "xattr.conf", "xdg", "xml",
 )  # fmt: skip
-PROC_FIXED = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/driver", "/proc/mtrr")
+PROC_FIXED = (
+    "/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/driver", "/proc/mtrr", "/proc/pressure",
+)  # fmt: skip
 PROC_HIDDEN = (
     "/proc/acpi", "/proc/asound", "/proc/kallsyms", "/proc/kcore", "/proc/key-users", "/proc/keys", "/proc/kmsg",
     "/proc/kpagecgroup", "/proc/kpagecount", "/proc/kpageflags", "/proc/latency_stats", "/proc/sched_debug",
