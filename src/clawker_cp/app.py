@@ -13,9 +13,10 @@ import ipaddress
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from clawker_cp.engines.host.cgroups import find_cgroup2
 from clawker_cp.engines.host.engine import HostEngine
 from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unsupported
 from clawker_cp.firewall.allocation_files import AllocationFiles
+from clawker_cp.firewall.envoy.access_log import AccessLogTail
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_roots
 from clawker_cp.firewall.envoy.stack import EnvoyStack, envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
@@ -44,7 +46,6 @@ from clawker_cp.rpc.local_server import LocalServer
 from clawker_cp.runtime.tasks import supervise
 from clawker_cp.telemetry.connections import Connections
 from clawker_cp.telemetry.flowlog import FlowLog
-from clawker_cp.telemetry.tail import AccessLogTail
 from clawker_cp.wiring.enforcement import HostEnforcement
 from clawker_cp.wiring.policy import PolicyService, require_rules_text
 from clawker_cp.wiring.reports import Reports
@@ -201,6 +202,7 @@ class ControlPlane:
             options.log,
         )
         self._envoy = EnvoyStack(options, process, self._authority)
+        self._access_log = AccessLogTail(options.access_log, self._envoy.admin)
         self._enforcement = HostEnforcement(
             self._manager, self._engine, self._roster, self._connections, host_ring=settings.firewall.host_ring
         )
@@ -274,12 +276,13 @@ class ControlPlane:
             self._enforcement.use(self._policy.plan, self._gate)
             for sandbox in adopted:
                 await self._lives.adopt(sandbox, adopted_request(sandbox.spec))
+            self._access_log.open()
             self._local.open()
-            parts = [
+            parts: list[tuple[str, Callable[[], Awaitable[None]], str]] = [
                 ("envoy", self._envoy.supervise, "new proxied connections are refused"),
                 ("kernel_events", self._reports.poll_kernel, "kernel decisions are not recorded"),
                 ("flows", self._flows.run, "flow records on disk"),
-                ("access_log", self._tail().run, "proxy decisions are not recorded"),
+                ("access_log", partial(self._access_log.run, self._reports.proxy), "proxy decisions are not recorded"),
                 ("garbage", self._collect_garbage, "expired names stay a while"),
             ]
             running = [
@@ -354,9 +357,6 @@ class ControlPlane:
         reserved = await self._reserved()
         self._manager.set_reserved(reserved)
         self._gate.set_reserved(reserved)
-
-    def _tail(self) -> AccessLogTail:
-        return AccessLogTail(self._options.access_log, self._reports.proxy, from_end=True)
 
     def _make_directories(self) -> None:
         self._directories.firewall.mkdir(parents=True, exist_ok=True, mode=0o755)

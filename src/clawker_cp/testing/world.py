@@ -203,7 +203,6 @@ class HostNamespace:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-
 _KINDS = ("CONFIG", "DATA", "STATE", "CACHE")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -76,7 +76,7 @@ class Reports:
         # An AAAA question of an allowed name is answered empty; that is no decision to show.
         self._take([enrich.from_dns(record, self._roster.by_cgroup(record.cgroup_id))])
 
-    def proxy(self, lines: list[dict[str, Any]]) -> None:
+    def proxy(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """
         Take lines of the proxy's access log.
         """
