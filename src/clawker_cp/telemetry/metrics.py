@@ -28,36 +28,16 @@ FAST_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.00
 
 _LAYERS = {KERNEL: "kernel", DNS: "dns", PROXY: "proxy"}
 _VERDICTS = {ALLOWED: "allowed", DENIED: "denied", BYPASSED: "bypassed", REDIRECTED: "redirected"}
-_GATE_REASONS = frozenset(
-    [
-        "not_allowed",
-        "rule_deny",
-        "reserved",
-        "type",
-        "budget",
-        "address_refused",
-        "forwarder_failed",
-        "map_write_failed",
-        "proxy_not_ready",
-        "malformed",
-        "answered",
-        "bypassed",
-        "quarantined",
-        "unknown_client",
-    ]
-)
-_PROXY_REASONS = frozenset(
-    [
-        "host_not_allowed",
-        "rule_deny",
-        "path_denied",
-        "path_not_canonical",
-        "sni_mismatch",
-        "request_refused",
-        "origin_error",
-        "forwarded",
-    ]
-)
+# fmt: off
+_GATE_REASONS = frozenset({
+    "not_allowed", "rule_deny", "reserved", "type", "budget", "address_refused", "forwarder_failed", "map_write_failed",
+    "proxy_not_ready", "malformed", "answered", "bypassed", "quarantined", "unknown_client",
+})
+_PROXY_REASONS = frozenset({
+    "host_not_allowed", "rule_deny", "path_denied", "path_not_canonical", "sni_mismatch", "request_refused",
+    "origin_error", "forwarded",
+})
+# fmt: on
 _REASONS = frozenset(REASONS.values()) | _GATE_REASONS | _PROXY_REASONS
 _HEALTH = {Health.FAILED: 0, Health.DEGRADED: 1, Health.OK: 2}
 
