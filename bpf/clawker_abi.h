@@ -74,7 +74,7 @@ enum clawker_reason {
 	CLAWKER_R_INBOUND = 13,
 	CLAWKER_R_PROXY_PORT = 14,
 	CLAWKER_R_MAP_FULL = 15,
-	CLAWKER_R_CONFIG_MISSING = 16,
+	CLAWKER_R_CONFIG_MISSING = 16, /* not produced: a missing row is not_enrolled */
 	CLAWKER_R_MALFORMED = 17,
 	/* let through */
 	CLAWKER_R_BYPASS = 64,
@@ -96,26 +96,26 @@ enum clawker_hook {
 	CLAWKER_H_SENDMSG6 = 4,
 	CLAWKER_H_SOCK_CREATE = 5,
 	CLAWKER_H_SETSOCKOPT = 6,
-	CLAWKER_H_BIND4 = 7,
-	CLAWKER_H_BIND6 = 8,
+	CLAWKER_H_BIND4 = 7, /* unused: a bind decides nothing */
+	CLAWKER_H_BIND6 = 8, /* unused */
 	CLAWKER_H_EGRESS = 9,
 	CLAWKER_H_INGRESS = 10,
 };
 
 /* container_map: cgroup id (__u64) -> how its sockets are judged. Written by the manager only. */
 struct clawker_config {
-	__u32 policy;		/* policy number, 1.. */
-	__u32 flags;		/* enum clawker_config_flag */
-	__u64 bypass_until_ns;	/* 0 = none; compared with bpf_ktime_get_ns() */
-	__u8 proxy_addr[16];	/* Envoy's listeners */
-	__u8 dns_addr[16];	/* DNS gate, port 53 */
-	__u8 cp_addr[16];	/* control plane, agent side */
+	__u32 policy;	       /* policy number, 1.. */
+	__u32 flags;	       /* enum clawker_config_flag */
+	__u64 bypass_until_ns; /* 0 = none; compared with bpf_ktime_get_ns() */
+	__u8 proxy_addr[16];   /* Envoy's listeners */
+	__u8 dns_addr[16];     /* DNS gate, port 53 */
+	__u8 cp_addr[16];      /* control plane, agent side */
 	__u8 host_proxy_addr[16];
-	__u16 cp_agent_port;	/* 7444 */
-	__u16 cp_token_port;	/* 4444 */
-	__u16 cp_health_port;	/* 7080 */
-	__u16 host_proxy_port;	/* 18374 */
-	__u8 host_addr[16];	/* who may reach ports published as `host` (contract 1.3) */
+	__u16 cp_agent_port;   /* 7444 */
+	__u16 cp_token_port;   /* 4444 */
+	__u16 cp_health_port;  /* 7080 */
+	__u16 host_proxy_port; /* 18374 */
+	__u8 host_addr[16];    /* who may reach ports published as `host` (contract 1.3) */
 };
 CLAWKER_ASSERT_SIZE(struct clawker_config, 104);
 
@@ -254,8 +254,8 @@ struct clawker_socket {
 	struct clawker_endpoint peer;
 	struct clawker_nat nat[CLAWKER_NAT];
 	__u32 next;
-	__u32 drops;	   /* bit per denied reason below 32 that was recorded since `drops_ns` */
-	__u64 drops_ns;	   /* the packet backstop records a reason once a second and socket */
+	__u32 drops;	/* bit per denied reason below 32 that was recorded since `drops_ns` */
+	__u64 drops_ns; /* the packet backstop records a reason once a second and socket */
 };
 CLAWKER_ASSERT_SIZE(struct clawker_socket, 424);
 
@@ -273,16 +273,17 @@ enum clawker_site {
 	CLAWKER_S_PACKET = 5,	    /* unused */
 	CLAWKER_SITES = 8,
 };
+#define CLAWKER_ERROR_ROWS (CLAWKER_SITES * CLAWKER_ERRNOS)
 
 /* state_map: cgroup id -> running counters of an agent. Created by the manager, written by programs. */
 enum clawker_budget { CLAWKER_B_DENY = 0, CLAWKER_B_BYPASS = 1, CLAWKER_B_ALLOW = 2, CLAWKER_BUDGETS = 3 };
 struct clawker_state {
-	__u64 sequence;			      /* last number given, recorded or suppressed */
-	__u64 window_ns[CLAWKER_BUDGETS];     /* start of the current one-second window */
-	__u64 used[CLAWKER_BUDGETS];	      /* records in the window */
-	__u64 suppressed[CLAWKER_BUDGETS];    /* in all: counted, not recorded */
-	__u64 metric_rows;		      /* rows of metrics_map this agent has made */
-	__u64 uncounted;		      /* decisions no row of metrics_map had room for */
+	__u64 sequence;			   /* last number given, recorded or suppressed */
+	__u64 window_ns[CLAWKER_BUDGETS];  /* start of the current one-second window */
+	__u64 used[CLAWKER_BUDGETS];	   /* records in the window */
+	__u64 suppressed[CLAWKER_BUDGETS]; /* in all: counted, not recorded */
+	__u64 metric_rows;		   /* rows of metrics_map this agent has made */
+	__u64 uncounted;		   /* decisions no row of metrics_map had room for */
 };
 CLAWKER_ASSERT_SIZE(struct clawker_state, 96);
 
@@ -302,11 +303,11 @@ CLAWKER_ASSERT_SIZE(struct clawker_metric_key, 16);
 
 /* control: array of one. */
 struct clawker_control {
-	__u32 abi;	  /* CLAWKER_ABI_VERSION */
-	__u32 generation; /* of route_map, cidr_map, proxy_port_map */
-	__u32 enforce;	  /* 1 = agents' parent cgroup denies what is not enrolled */
+	__u32 abi;		       /* CLAWKER_ABI_VERSION */
+	__u32 generation;	       /* of route_map, cidr_map, proxy_port_map */
+	__u32 enforce;		       /* 1 = agents' parent cgroup denies what is not enrolled */
 	__u32 budget[CLAWKER_BUDGETS]; /* records a second and agent; 0 = default */
-	__u32 wakeup;	  /* 0 = no wake-up (poller), 1 = adaptive */
+	__u32 wakeup;		       /* 0 = no wake-up (poller), 1 = adaptive */
 	__u32 pad;
 };
 CLAWKER_ASSERT_SIZE(struct clawker_control, 32);

@@ -102,7 +102,7 @@ struct {
 /* Failures of helpers by site and errno (clawker_abi.h). */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, CLAWKER_SITES * CLAWKER_ERRNOS);
+	__uint(max_entries, CLAWKER_ERROR_ROWS);
 	__type(key, __u32);
 	__type(value, __u64);
 } error_map SEC(".maps");

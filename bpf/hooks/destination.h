@@ -66,8 +66,8 @@ static __always_inline int refuse(__u8 reason)
  * Judge, remember, record. `target` is where the socket has to be sent instead, NULL = where it
  * asked to. A datagram to where the socket sent before, for the same reason, is only counted.
  */
-static __always_inline int judge(struct bpf_sock_addr *ctx, const struct clawker_want *w,
-				 struct clawker_decision *d, const __u8 **target, __u8 hook, __u8 family)
+static __always_inline int judge(struct bpf_sock_addr *ctx, const struct clawker_want *w, struct clawker_decision *d,
+				 const __u8 **target, __u8 hook, __u8 family)
 {
 	bool connects = hook == CLAWKER_H_CONNECT4 || hook == CLAWKER_H_CONNECT6;
 	enum clawker_memory memory = CLAWKER_M_NEW;

@@ -117,8 +117,8 @@ static __always_inline const __u8 *redirect_target(const struct clawker_config *
  * The decision for a connect() or a datagram. `cfg` NULL: nobody enrolled the cgroup; reason NONE
  * then means that nothing is enforced.
  */
-static __always_inline void decide_flow(struct clawker_decision *d, const struct clawker_config *cfg,
-					__u64 cgroup_id, const struct clawker_want *w)
+static __always_inline void decide_flow(struct clawker_decision *d, const struct clawker_config *cfg, __u64 cgroup_id,
+					const struct clawker_want *w)
 {
 	d->rule = CLAWKER_NO_RULE;
 	if (!cfg) {

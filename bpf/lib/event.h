@@ -24,7 +24,7 @@ struct clawker_subject {
 	__u8 protocol;
 	__u8 type;
 	__u8 flags;
-	__u8 task; /* the current task is the one that asked: uid and pid mean something */
+	__u8 task;  /* the current task is the one that asked: uid and pid mean something */
 	__u8 quiet; /* counted and numbered, but not written: an equal record was just written */
 	__u8 pad;
 };
@@ -105,8 +105,9 @@ static __always_inline __u32 budget_limit(__u32 budget)
 
 	if (limit)
 		return limit;
-	return budget == CLAWKER_B_DENY ? CLAWKER_BUDGET_DENY :
-	       budget == CLAWKER_B_BYPASS ? CLAWKER_BUDGET_BYPASS : CLAWKER_BUDGET_ALLOW;
+	return budget == CLAWKER_B_DENY	    ? CLAWKER_BUDGET_DENY
+	       : budget == CLAWKER_B_BYPASS ? CLAWKER_BUDGET_BYPASS
+					    : CLAWKER_BUDGET_ALLOW;
 }
 
 /* False when this second's budget for such records is spent. */
@@ -129,8 +130,9 @@ static __always_inline bool within_budget(struct clawker_state *state, __u32 bud
 static __always_inline void record(const struct clawker_subject *s, const struct clawker_want *w,
 				   const struct clawker_decision *d, __u64 now_ns)
 {
-	__u32 budget = d->verdict == CLAWKER_V_DENIED ? CLAWKER_B_DENY :
-		       d->verdict == CLAWKER_V_BYPASSED ? CLAWKER_B_BYPASS : CLAWKER_B_ALLOW;
+	__u32 budget = d->verdict == CLAWKER_V_DENIED	  ? CLAWKER_B_DENY
+		       : d->verdict == CLAWKER_V_BYPASSED ? CLAWKER_B_BYPASS
+							  : CLAWKER_B_ALLOW;
 	__u64 counted = s->cgroup_id, sequence;
 	struct clawker_state *state = state_of(&counted);
 	struct clawker_control *now = switches();
@@ -175,8 +177,7 @@ static __always_inline void record(const struct clawker_subject *s, const struct
 }
 
 /* Counts a decision that needs no record of its own. */
-static __always_inline void count_only(__u64 cgroup_id, const struct clawker_want *w,
-				       const struct clawker_decision *d)
+static __always_inline void count_only(__u64 cgroup_id, const struct clawker_want *w, const struct clawker_decision *d)
 {
 	struct clawker_state *state = state_of(&cgroup_id);
 

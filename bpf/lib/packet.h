@@ -107,8 +107,7 @@ static __always_inline void flow_key(struct clawker_flow_key *key, __u64 cgroup_
 }
 
 /* Whether `inbound_map` lets this remote address connect to this port of the agent. */
-static __always_inline bool may_enter(const struct clawker_config *cfg, __u64 cgroup_id,
-				      const struct clawker_packet *p)
+static __always_inline bool may_enter(const struct clawker_config *cfg, __u64 cgroup_id, const struct clawker_packet *p)
 {
 	struct clawker_inbound_key key = { .cgroup_id = cgroup_id, .port = p->local_port };
 	__u32 *from;

@@ -175,8 +175,7 @@ static __always_inline void decide_by_rule(struct clawker_decision *d, const str
 	}
 	route = find_route(generation, cfg->policy, CLAWKER_ID_CATCH_ALL, w);
 	if (route) {
-		apply_action(d, route->action, route->proxy_port, route->rule, route->deadline_ns,
-			     CLAWKER_R_CATCH_ALL);
+		apply_action(d, route->action, route->proxy_port, route->rule, route->deadline_ns, CLAWKER_R_CATCH_ALL);
 		return;
 	}
 	if (cfg->flags & CLAWKER_F_LEARN)

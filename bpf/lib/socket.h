@@ -50,9 +50,9 @@ static __always_inline __u64 agent_of_option(struct bpf_sockopt *ctx)
 }
 
 enum clawker_memory {
-	CLAWKER_M_NEW = 0,  /* remembered */
-	CLAWKER_M_KNOWN,    /* the same, for the same reason, was remembered before */
-	CLAWKER_M_FAILED,   /* no memory: refuse rather than redirect without a way back */
+	CLAWKER_M_NEW = 0, /* remembered */
+	CLAWKER_M_KNOWN,   /* the same, for the same reason, was remembered before */
+	CLAWKER_M_FAILED,  /* no memory: refuse rather than redirect without a way back */
 };
 
 static __always_inline bool same_endpoint(const struct clawker_endpoint *e, const __u8 *addr, __u16 port)

@@ -168,7 +168,7 @@ class SocketWorld:
         with contextlib.ExitStack() as stack:
             for cgroup in (self.parent, self._outside_cgroup):
                 cgroup.mkdir()
-                stack.callback(_remove_cgroup, cgroup)
+                stack.callback(remove_cgroup, cgroup)
             outside_ns, self.agents_ns = (stack.enter_context(_namespace()) for _ in range(2))
             _shell(_OUTSIDE, outside_ns, str(self.agents_ns))
             _shell(_AGENTS, self.agents_ns)
@@ -226,13 +226,17 @@ class SocketWorld:
     @contextlib.contextmanager
     def unenforced(self) -> Iterator[None]:
         """The time before anything was enforced: whoever is not enrolled passes."""
-        control = self.manager._maps["control"]
-        row = bpfmap.unpack_control(control.get(bytes(4)) or b"")
-        control.put(bytes(4), bpfmap.pack_control(row["generation"], 0, row["budget"], row["wakeup"]))
+        self.switch(enforce=False)
         try:
             yield
         finally:
-            control.put(bytes(4), bpfmap.pack_control(row["generation"], 1, row["budget"], row["wakeup"]))
+            self.switch(enforce=True)
+
+    def switch(self, *, enforce: bool = True, budget: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """Write the switches as the manager has no verb for yet; 0 is a budget's default."""
+        control = self.manager._maps["control"]
+        row = bpfmap.unpack_control(control.get(bytes(4)) or b"")
+        control.put(bytes(4), bpfmap.pack_control(row["generation"], int(enforce), budget, row["wakeup"]))
 
     def configure(self, agent: Actor, **changes: Any) -> None:
         """Change an agent's row."""
@@ -245,7 +249,7 @@ class SocketWorld:
         self._agents.clear()
         for cgroup in reversed(self._made):
             self.manager.withdraw(cgroup_id(cgroup))
-            _remove_cgroup(cgroup)
+            remove_cgroup(cgroup)
         self._made.clear()
 
     def reset(self) -> None:
@@ -319,7 +323,7 @@ def _shell(script: str, netns_pid: int, *arguments: str) -> None:
     subprocess.run(command, check=True)
 
 
-def _remove_cgroup(cgroup: Path) -> None:
+def remove_cgroup(cgroup: Path) -> None:
     """Remove a cgroup once its last process is gone, which may take the kernel a moment."""
     deadline = time.monotonic() + 10
     while True:
