@@ -37,7 +37,8 @@ ETC_SHOWN = (
     "skel", "ssl", "system-release", "terminfo", "timezone", "vim", "xattr.conf", "xdg", "xml",
 )  # fmt: skip
 PROC_FIXED = (
-    "/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/driver", "/proc/mtrr", "/proc/pressure",
+    "/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/driver", "/proc/mtrr",
+    "/proc/pressure",
 )  # fmt: skip
 PROC_HIDDEN = (
     "/proc/acpi", "/proc/asound", "/proc/kallsyms", "/proc/kcore", "/proc/key-users", "/proc/keys", "/proc/kmsg",
