@@ -209,7 +209,9 @@ class ControlPlane:
         self._policy = PolicyService(
             RuleStore(firewall), AllocationFiles(firewall), self._envoy, self._manager, self._enforcement.on_change
         )
-        self._flows = FlowLog(logs / "flows.jsonl", memory=settings.flows.memory)
+        self._flows = FlowLog(
+            logs / "flows.jsonl", memory=settings.flows.memory, per_agent=settings.flows.memory_per_agent
+        )
         self._reports = Reports(
             self._flows,
             self._roster,

@@ -17,6 +17,7 @@ from clawker_cp.app import ControlPlane, load_configuration, preflight
 from clawker_cp.cli.check import check
 from clawker_cp.errors import ClawkerError
 from clawker_cp.runtime.runner import run_until_signal
+from clawker_cp.telemetry.log import configure
 
 
 @click.command("serve")
@@ -46,10 +47,14 @@ def serve(
         if only_check:
             context.invoke(check, as_json=False)
             return
-        control_plane = ControlPlane(
-            settings, directories, preflight(settings, directories), log_dir=log_dir, ephemeral=ephemeral
-        )
-        code = run_until_signal(lambda stop: control_plane.run(stop, on_ready=notify.ready))
+        sink = configure(log_dir or directories.logs, stderr=not ephemeral)
+        try:
+            control_plane = ControlPlane(
+                settings, directories, preflight(settings, directories), log_dir=log_dir, ephemeral=ephemeral
+            )
+            code = run_until_signal(lambda stop: control_plane.run(stop, on_ready=notify.ready))
+        finally:
+            sink.close()
     except BaseExceptionGroup as group:
         error = _leaf(group)
         notify.failed(error)

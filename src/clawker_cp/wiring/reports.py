@@ -55,7 +55,7 @@ class Reports:
         self._rule_ids = rule_ids
         self._exit_code = exit_code
         self._names: dict[int, OrderedDict[str, str]] = {}
-        self._sequences: dict[int, int] = {}
+        self._sequences = enrich.Sequences()
         self._summaries: dict[str, Summary] = {}
         self._learned: dict[str, list[Flow]] = {}
         self._endings: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -116,21 +116,14 @@ class Reports:
         events = self._manager.drain_events(DRAIN_RECORDS)
         if not events:
             return 0
-        offset, rule_ids = enrich.monotonic_offset_ns(), self._rule_ids()
-        flows = []
-        for event in events:
-            last = self._sequences.get(event.cgroup_id, event.sequence - 1)
-            self._sequences[event.cgroup_id] = event.sequence
-            flows.append(
-                enrich.from_kernel(
-                    event,
-                    self._roster.by_cgroup(event.cgroup_id),
-                    offset_ns=offset,
-                    rule_ids=rule_ids,
-                    name_of=self._name_of,
-                    lost_before=max(0, event.sequence - last - 1),
-                )
-            )
+        flows = enrich.kernel_flows(
+            events,
+            self._roster.by_cgroup,
+            offset_ns=enrich.monotonic_offset_ns(),
+            rule_ids=self._rule_ids(),
+            name_of=self._name_of,
+            sequences=self._sequences,
+        )
         self._take(flows)
         return len(events)
 
