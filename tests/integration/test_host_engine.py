@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import pty
@@ -55,14 +56,17 @@ async def test_nothing_runs_before_run_and_everything_runs_in_the_cgroup(host: H
     assert sandbox.cgroup_path.parent == host.engine.parent_cgroup
     with open(os.devnull, "r+b") as nothing:
         await host.engine.run(sandbox.id, (nothing.fileno(),) * 3)
-
-    def names() -> set[str]:
-        pids = procs.read_text().split()
-        return {Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids if Path(f"/proc/{pid}").exists()}
-
-    until(lambda: names() == {"bwrap", "sleep"}, "bwrap and sleep in the cgroup")
+    until(lambda: _names(procs) == {"bwrap", "sleep"}, "bwrap and sleep in the cgroup")
     namespace = Path("/run/netns", sandbox.netns).stat().st_ino
     assert {Path(f"/proc/{pid}/ns/net").stat().st_ino for pid in procs.read_text().split()} == {namespace}
+
+
+def _names(procs: Path) -> set[str]:
+    names = set()
+    for pid in procs.read_text().split():
+        with contextlib.suppress(OSError):
+            names.add(Path(f"/proc/{pid}/comm").read_text().strip())
+    return names
 
 
 async def test_file_system_holds_nothing_of_the_hosts_services_or_secrets(host: Host) -> None:
@@ -219,6 +223,9 @@ async def test_orphans_are_reaped(host: Host) -> None:
 async def test_signals_reach_the_command_as_from_a_terminal(host: Host) -> None:
     """SIGINT ends a shell and what it waits for; a handled SIGTERM runs the handler; SIGUSR1 is the command's alone."""
     sandbox_id = await host.start("sh", "-c", "sleep 1000; echo after")
+    procs = host.engine.living()[0].cgroup_path / "cgroup.procs"
+    # A shell that is just about to start its program takes the signal note and waits all the same.
+    until(lambda: "sleep" in _names(procs), "the program")
     await host.engine.signal(sandbox_id, signal.SIGINT)
     assert await host.engine.wait(sandbox_id) == 130
     sandbox_id = await host.start(
@@ -277,7 +284,8 @@ async def test_remove_needs_force_gives_grace_and_leaves_nothing(host: Host) -> 
     assert sandbox.interface not in sh("nft", "list", "ruleset")
     with pytest.raises(NotFound):
         await host.engine.signal(sandbox_id, 15)
-    stubborn = await host.start("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
+    stubborn = await host.start("sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.05; done")
+    until(lambda: "up" in host.output(stubborn), "the trap")
     await host.engine.remove(stubborn, force=True, grace_s=0.1)
     assert await host.engine.wait(stubborn) == 137
 
