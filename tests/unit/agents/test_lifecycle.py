@@ -1,0 +1,110 @@
+"""A sandbox is enrolled before anything runs in it, and its row goes only after its death."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from clawker_cp.agents.lifecycle import LifeRequest, SandboxLives
+from clawker_cp.agents.roster import EnrolledAgent, Roster
+from clawker_cp.errors import NotFound, Unavailable
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    id: str = "id1"
+    project: str = "p"
+    agent: str = "a"
+    address: str = "198.51.100.1"
+    cgroup_id: int = 11
+
+
+class World:
+    """Engine, policy and kernel in one, writing down the order of what they are asked."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.steps: list[str] = []
+        self.failing = failing
+        self.roster = Roster()
+        self.lives = SandboxLives(self, self, self, self.roster)
+
+    def _step(self, name: str) -> None:
+        self.steps.append(name)
+        if name == self.failing:
+            raise Unavailable(f"{name} fails")
+
+    async def create(self, spec: Any) -> Sandbox:
+        self._step("create")
+        return Sandbox()
+
+    async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None:
+        self._step("run")
+
+    async def wait(self, sandbox_id: str) -> int:
+        self._step("wait")
+        return 42
+
+    async def signal(self, sandbox_id: str, signo: int) -> None:
+        self._step(f"signal {signo}")
+
+    async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
+        self._step("remove")
+
+    async def put_ephemeral(self, key: str, rules: str, *, learn: bool) -> int:
+        self._step("rules")
+        return 5
+
+    async def drop_ephemeral(self, key: str) -> None:
+        self._step("drop")
+
+    async def enroll(self, agent: EnrolledAgent, sandbox: Any) -> None:
+        assert agent.policy == 5
+        self._step("enroll")
+
+    async def withdraw(self, agent: EnrolledAgent) -> None:
+        self._step("withdraw")
+
+
+REQUEST = LifeRequest(spec=None, rules="")
+END = ["remove", "withdraw", "drop"]
+
+
+async def test_a_whole_life_keeps_the_order() -> None:
+    """Rules and row precede the process; death precedes the row's end; the exit code is the command's."""
+    world = World()
+    async with world.lives.prepared(REQUEST) as sandbox:
+        assert world.roster.by_id(sandbox.id) is not None
+        await world.lives.launch(sandbox.id, (0, 1, 2))
+    await world.lives.signal("id1", 15)
+    assert await world.lives.finish("id1") == 42
+    assert world.steps == ["create", "rules", "enroll", "run", "signal 15", "wait", *END]
+    assert len(world.lives) == len(world.roster) == 0
+
+
+@pytest.mark.parametrize("failing", ["rules", "enroll", "run"])
+async def test_a_failed_start_leaves_nothing(failing: str) -> None:
+    """Whatever step fails, everything made before it is taken away."""
+    world = World(failing)
+    with pytest.raises(Unavailable, match=failing):
+        async with world.lives.prepared(REQUEST) as sandbox:
+            await world.lives.launch(sandbox.id, (0, 1, 2))
+    assert world.steps[-3:] == END
+    assert not world.lives.knows("id1") and len(world.roster) == 0
+
+
+async def test_a_failing_end_step_does_not_stop_the_others() -> None:
+    """The row and the rules go even if the engine cannot remove the sandbox."""
+    world = World("remove")
+    await world.lives.adopt(Sandbox(), REQUEST)
+    await world.lives.stop("id1", grace_s=0)
+    await world.lives.stop("id1", grace_s=0)
+    assert world.steps == ["rules", "enroll", *END]
+    assert not world.lives.knows("id1")
+
+
+async def test_an_unknown_sandbox_is_not_found() -> None:
+    """Signals and waits name the sandbox that is not here."""
+    with pytest.raises(NotFound, match="nobody"):
+        await World().lives.signal("nobody", 15)
