@@ -27,7 +27,7 @@ from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.telemetry.flows import DENIED, DNS, Flow
 from clawker_cp.telemetry.summary import Destination, Summary, learned
 
-DRAIN_RECORDS = 4096
+DRAIN_RECORDS = 256  # about half a millisecond of the loop
 POLL_S = 0.01
 NAMES_PER_AGENT = 4096
 ENDINGS_KEPT = 256
@@ -133,15 +133,16 @@ class Reports:
 
     def _take(self, flows: list[Flow]) -> None:
         self._flows.add(flows)
+        by_agent: dict[str, list[Flow]] = {}
         for flow in flows:
-            if not flow.container_id or (flow.layer == DNS and flow.verdict != DENIED):
-                continue
-            self._summaries.setdefault(flow.container_id, Summary()).add([flow])
-            agent = self._roster.by_id(flow.container_id)
+            if flow.container_id and (flow.layer != DNS or flow.verdict == DENIED):
+                by_agent.setdefault(flow.container_id, []).append(flow)
+        for container_id, mine in by_agent.items():
+            self._summaries.setdefault(container_id, Summary()).add(mine)
+            agent = self._roster.by_id(container_id)
             if agent is not None and agent.learn:
-                kept = self._learned.setdefault(flow.container_id, [])
-                if len(kept) < self._flows.memory_limit:
-                    kept.append(flow)
+                kept = self._learned.setdefault(container_id, [])
+                kept += mine[: max(0, self._flows.memory_limit - len(kept))]
 
     # -- what clients see ---------------------------------------------------------------------
 
