@@ -199,8 +199,8 @@ def _udp_server(opened: socket.socket, addr: str, port: int) -> None:
 ACTIONS: dict[str, Callable[..., Any]] = {
     one.__name__: one
     for one in (
-        make, connect, connect_often, disconnect, send, sendto, send_unspec, send_with, receive, peer, own, option, bind,
-        listen, accept, close, give, take, serve, received,
+        make, connect, connect_often, disconnect, send, sendto, send_unspec, send_with, receive, peer, own, option,
+        bind, listen, accept, close, give, take, serve, received,
     )
 }  # fmt: skip
 
