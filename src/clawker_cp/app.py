@@ -182,6 +182,7 @@ class ControlPlane:
             cgroup_parent=settings.host.cgroup_parent,
             masked=(directories.config, directories.data, directories.state, directories.cache),
             ca_dir=directories.data / "ca-bundle",
+            with_ring=settings.firewall.host_ring,
         )
         self._roster = Roster()
         self._connections = Connections()
@@ -359,6 +360,8 @@ class ControlPlane:
         reserved = await self._reserved()
         self._manager.set_reserved(reserved)
         self._gate.set_reserved(reserved)
+        if self._settings.firewall.host_ring:
+            await self._engine.ring.reserve([str(network) for network in reserved])
 
     def _make_directories(self) -> None:
         self._directories.firewall.mkdir(parents=True, exist_ok=True, mode=0o755)

@@ -36,7 +36,8 @@ TOOLS = {
     "nsenter": "util-linux", "unshare": "util-linux", "setpriv": "util-linux",
 }  # fmt: skip
 EVIL = "203.0.113.66"
-_CURL = ("curl", "-s", "-m", "10", "-o", "/dev/null")
+# HTTP/1.1: this curl reports a complete HTTP/2 refusal as a broken stream when it was still sending.
+_CURL = ("curl", "--http1.1", "-s", "-m", "10", "-o", "/dev/null")
 _ANSWER = "HTTP %{http_code} %{method} %{url}\\n"
 _FAILURE = "curl says: %{errormsg}\\n"
 
