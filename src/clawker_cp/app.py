@@ -183,6 +183,7 @@ class ControlPlane:
             masked=(directories.config, directories.data, directories.state, directories.cache),
             ca_dir=directories.data / "ca-bundle",
             with_ring=settings.firewall.host_ring,
+            on_drop=lambda event: self._reports.ring(event),
         )
         self._roster = Roster()
         self._connections = Connections()

@@ -21,7 +21,7 @@ from clawker_cp.rpc.local_protocol import SOCKET_NAME, LocalChannel, connect
 
 CONNECT_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
-ATTEMPTS = 5
+ATTEMPTS = 10
 DIED = "SERVER_DIED"
 
 

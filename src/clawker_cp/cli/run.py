@@ -30,7 +30,7 @@ from clawker_cp.errors import ClawkerError, InvalidInput, Unavailable
 from clawker_cp.firewall.documents import emit_rules, read_rules_file
 from clawker_cp.firewall.rules import Rule
 from clawker_cp.firewall.shorthand import parse_shorthands
-from clawker_cp.rpc.local_protocol import LocalChannel
+from clawker_cp.rpc.local_protocol import SANDBOX_GONE, LocalChannel
 from clawker_cp.runtime.runner import run_main
 
 OWN_FAILURE = 125  # ruling R40
@@ -112,6 +112,7 @@ class RunClient:
         self._request = request
         self._output = output
         self._sandbox_id = ""
+        self._started = False
         self._channel: LocalChannel | None = None
         self._first = FirstOfEachKind()
         self._colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
@@ -147,13 +148,19 @@ class RunClient:
             message = await channel.receive()
             if message is None:
                 attaches += 1
-                if not self._sandbox_id or attaches > REATTACH_LIMIT:
+                if attaches > REATTACH_LIMIT:
                     raise Unavailable(
                         "the server went away", hint="enforcement holds; see `clawker-cp check` and the server's log"
                     )
                 self._say("the server went away; enforcement holds, starting a new one", level="warning")
                 await channel.aclose()
-                await self._attach_again(streams if bridge is None else (0, 1, 2))
+                await self._attach_again(streams)
+                continue
+            if message.get("code") == SANDBOX_GONE and not self._started:
+                # Made, but the server died before anything ran in it: nothing was lost, ask again.
+                self._sandbox_id = ""
+                await channel.aclose()
+                await self._attach_again(streams)
                 continue
             code = await self._handle(message, bridge)
             if code is not None:
@@ -164,10 +171,14 @@ class RunClient:
                 return code
 
     async def _attach_again(self, streams: tuple[int, int, int]) -> None:
+        if self._sandbox_id:
+            streams, request = (0, 1, 2), {"op": "attach", "id": self._sandbox_id}
+        else:  # it died before there was a sandbox: the next one sweeps the rest, and is asked again
+            request = self._request
         self._channel = await join_server(self._directories, streams)
         # A dying server may still take a connection: the next `receive` then sees its end.
         with contextlib.suppress(Unavailable):
-            await self._channel.send({"op": "attach", "id": self._sandbox_id})
+            await self._channel.send(request)
 
     async def _handle(self, message: dict[str, Any], bridge: TerminalBridge | None) -> int | None:
         event = message.get("event")
@@ -176,6 +187,7 @@ class RunClient:
             for item in message.get("publish", ()):
                 self._say(f"127.0.0.1:{item['host_port']} on this host reaches port {item['port']} of the sandbox")
         elif event == "started":
+            self._started = True
             if bridge is not None:
                 bridge.release_slave()
                 bridge.start()

@@ -21,6 +21,7 @@ import orjson
 from clawker_cp.errors import InvalidInput, Unavailable
 
 SOCKET_NAME = "run.sock"
+SANDBOX_GONE = "SANDBOX_GONE"  # code of an `error`: nothing is known of the sandbox to attach to
 LINE_LIMIT_BYTES = 4 * 1024 * 1024
 STREAMS = 3
 _PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid

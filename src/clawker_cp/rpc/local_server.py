@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import structlog
 
 from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unavailable
-from clawker_cp.rpc.local_protocol import LocalChannel, peer_credentials, receive_streams
+from clawker_cp.rpc.local_protocol import SANDBOX_GONE, LocalChannel, peer_credentials, receive_streams
 
 log = structlog.get_logger()
 
@@ -161,7 +161,7 @@ class LocalServer:
             if not self._lives.knows(sandbox_id):
                 ending = self._reports.ending(sandbox_id)
                 if "code" not in ending:
-                    raise Unavailable(f"sandbox {sandbox_id[:12]} ended while no server was there")
+                    raise Unavailable(f"sandbox {sandbox_id[:12]} ended while no server was there", code=SANDBOX_GONE)
                 await channel.send({"event": "exit", **ending})
                 return
             await self._follow(channel, sandbox_id)

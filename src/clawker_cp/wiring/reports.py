@@ -17,6 +17,7 @@ from typing import Any
 from clawker_cp.agents.roster import Roster
 from clawker_cp.dns.ports import DnsRecord
 from clawker_cp.ebpf import Manager
+from clawker_cp.engines.base import RingEvent
 from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.documents import emit_rules
 from clawker_cp.firewall.rules import Rule, normalise
@@ -24,7 +25,7 @@ from clawker_cp.firewall.shorthand import shorthand_for
 from clawker_cp.telemetry import enrich
 from clawker_cp.telemetry.connections import Connections
 from clawker_cp.telemetry.flowlog import FlowLog
-from clawker_cp.telemetry.flows import DENIED, DNS, Flow
+from clawker_cp.telemetry.flows import DENIED, DNS, KERNEL, Flow
 from clawker_cp.telemetry.summary import Destination, Summary, learned
 
 DRAIN_RECORDS = 256  # about half a millisecond of the loop
@@ -59,6 +60,7 @@ class Reports:
         self._summaries: dict[str, Summary] = {}
         self._learned: dict[str, list[Flow]] = {}
         self._endings: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._ring_drops = 0
 
     # -- sources ------------------------------------------------------------------------------
 
@@ -98,6 +100,30 @@ class Reports:
             if agent is not None and (begins != (flow.verdict == DENIED) or flow.status >= 400):
                 flows.append(flow)
         self._take(flows)
+
+    def ring(self, event: RingEvent) -> None:
+        """
+        Take one packet that the host ring dropped (R18).
+        """
+        agent = self._roster.by_id(event.sandbox_id)
+        self._ring_drops += 1
+        flow = Flow(
+            event_id=f"r-{event.time_unix_ns:x}-{self._ring_drops}",
+            time_unix_ns=event.time_unix_ns,
+            container_id=event.sandbox_id,
+            project=agent.project if agent else "",
+            agent=agent.agent if agent else "",
+            layer=KERNEL,
+            verdict=DENIED,
+            reason=event.reason,
+            policy=agent.policy if agent else 0,
+            proto={6: "tcp", 17: "udp", 1: "icmp"}.get(event.protocol, "other"),
+            address=event.destination,
+            port=event.destination_port,
+            lost_before=event.lost,
+            hook="ring",
+        )
+        self._take([flow])
 
     async def poll_kernel(self) -> None:
         """
