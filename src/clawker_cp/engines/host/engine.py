@@ -19,15 +19,15 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import orjson
 import structlog
 
-from clawker_cp.engines.base import Publish, RingEvent, Sandbox, SandboxSpec
+from clawker_cp.engines.base import RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.engines.host.filesystem import check_view, etc_files
 from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.engines.host.publish import Publisher
+from clawker_cp.engines.host.records import read_record, write_record
 from clawker_cp.engines.host.ring import DEFAULT_GROUP, HostRing, forwarding, set_forwarding
 from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets, list_sockets
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
@@ -37,7 +37,6 @@ log = structlog.get_logger()
 PREFIX = "clawker"
 KILL_LIMIT_S = 5.0
 ENDED_KEPT = 1024
-RECORD = "record.json"
 MAX_SIGNAL = 64
 MAX_PORT = 65535
 MAX_ID = 2**32 - 1
@@ -105,7 +104,7 @@ class HostEngine:
         self._state.mkdir(parents=True, exist_ok=True, mode=0o711)
         dead = []
         for directory in sorted(self._state.iterdir()):
-            sandbox = self._read(directory)
+            sandbox = read_record(directory)
             if sandbox is None:
                 shutil.rmtree(directory, ignore_errors=True)
             elif process.runs(sandbox):
@@ -186,13 +185,13 @@ class HostEngine:
             if self._limiter is not None:
                 sandbox.limits_unmet = self._limiter.apply(cgroup_path.name, spec.limits)
             # Known on disk before anything exists that only the record tells about.
-            self._write(sandbox)
+            write_record(sandbox)
             await network.add_sandbox(sandbox.netns, sandbox.interface, self._bridge, sandbox.address, self.subnet)
             self._own(sandbox)
             if self._with_ring:
                 await self.ring.pin(sandbox.interface, sandbox.address)
             sandbox.publish = await self._publisher.publish(sandbox.id, sandbox.address, spec.publish)
-            self._write(sandbox)
+            write_record(sandbox)
         except BaseException:
             await asyncio.shield(self.remove(sandbox_id, force=True, grace_s=0))
             raise
@@ -217,7 +216,7 @@ class HostEngine:
         )
         self._processes[sandbox_id] = started
         sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
-        self._write(sandbox)
+        write_record(sandbox)
 
     async def wait(self, sandbox_id: str) -> int:
         """
@@ -339,47 +338,6 @@ class HostEngine:
                 (etc / name).chmod(0o644)
         except OSError as error:
             raise Unavailable(f"cannot write {sandbox.directory}: {error.strerror}") from error
-
-    def _write(self, sandbox: Sandbox) -> None:
-        record = {
-            "id": sandbox.id,
-            "spec": sandbox.spec.as_mapping(),
-            "address": sandbox.address,
-            "netns": sandbox.netns,
-            "interface": sandbox.interface,
-            "cgroup_path": str(sandbox.cgroup_path),
-            "cgroup_id": sandbox.cgroup_id,
-            "publish": [{"host_port": p.host_port, "port": p.port} for p in sandbox.publish],
-            "pid": sandbox.pid,
-            "started": sandbox.started,
-        }
-        temporary = sandbox.directory / f".clawker-{RECORD}.tmp"
-        try:
-            temporary.touch(mode=0o600)  # the spec holds the agent's environment
-            temporary.write_bytes(orjson.dumps(record))
-            temporary.replace(sandbox.directory / RECORD)
-        except OSError as error:
-            raise Unavailable(f"cannot write {sandbox.directory / RECORD}: {error.strerror}") from error
-
-    def _read(self, directory: Path) -> Sandbox | None:
-        try:
-            raw = orjson.loads((directory / RECORD).read_bytes())
-            return Sandbox(
-                id=raw["id"],
-                spec=SandboxSpec.from_mapping(raw["spec"]),
-                address=raw["address"],
-                netns=raw["netns"],
-                interface=raw["interface"],
-                cgroup_path=Path(raw["cgroup_path"]),
-                cgroup_id=int(raw["cgroup_id"]),
-                directory=directory,
-                publish=tuple(Publish(p["host_port"], p["port"]) for p in raw["publish"]),
-                pid=int(raw["pid"]),
-                started=int(raw.get("started", 0)),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("engines_record_skipped", directory=str(directory), error=str(error))
-            return None
 
     def _known(self, sandbox_id: str) -> Sandbox:
         sandbox = self._sandboxes.get(sandbox_id)
