@@ -54,7 +54,7 @@ class Publisher:
         Stop listening for a sandbox and close what it has open.
         """
         for port in self._ports.pop(sandbox_id, ()):
-            port.close()
+            await port.close()
 
     async def aclose(self) -> None:
         """
@@ -73,21 +73,41 @@ class _Port:
         self._port = port
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def open(self, host_port: int) -> int:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", host_port)
         return int(self._server.sockets[0].getsockname()[1])
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        self._closed = True
         if self._server is not None:
             self._server.close()
         for writer in list(self._writers):
             writer.transport.abort()
+        # One that still dials has no inner writer to abort: it would open after the withdrawal.
+        for task in self._serving:
+            task.cancel()
+        if self._serving:
+            await asyncio.wait(list(self._serving), timeout=CONNECT_LIMIT_S)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._writers) >= 2 * CONNECTIONS_LIMIT:
+        task = asyncio.current_task()
+        if self._closed or task is None or len(self._writers) >= 2 * CONNECTIONS_LIMIT:
             writer.transport.abort()
             return
+        self._serving.add(task)
+        try:
+            await self._forward(reader, writer)
+        except asyncio.CancelledError:
+            # The stream server of Python 3.11 reports a cancelled handler as a failure.
+            if not self._closed:
+                raise
+        finally:
+            self._serving.discard(task)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         inner: asyncio.StreamWriter | None = None
         try:

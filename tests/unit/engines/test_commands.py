@@ -1,0 +1,42 @@
+"""Running the system's tools."""
+
+from __future__ import annotations
+
+import pytest
+
+from clawker_cp.engines.host import commands
+from clawker_cp.errors import DeadlineExceeded, Unavailable, Unsupported
+
+
+async def test_output_and_input_pass_through() -> None:
+    """A tool gets the text given and its output comes back."""
+    assert await commands.run("cat", text="a line\n") == "a line\n"
+
+
+async def test_failure_says_the_tools_own_first_words() -> None:
+    """A failing tool raises with what it said; without words its exit code is told."""
+    with pytest.raises(Unavailable, match="first"):
+        await commands.run("sh", "-c", "echo first >&2; echo second >&2; exit 3")
+    with pytest.raises(Unavailable, match="exit 3"):
+        await commands.run("sh", "-c", "exit 3")
+
+
+async def test_failure_that_does_not_matter_is_not_one() -> None:
+    """With `check` off a failing tool gives what it printed."""
+    assert await commands.run("sh", "-c", "echo some; exit 1", check=False) == "some\n"
+
+
+async def test_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that is not installed is told with the package that has it."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Unsupported) as refused:
+        await commands.run("nft", "list", "tables")
+    assert refused.value.feature == "nft"
+    assert "nftables" in str(refused.value.hint)
+
+
+async def test_tool_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that does not end within the limit is killed and told."""
+    monkeypatch.setattr(commands, "LIMIT_S", 0.1)
+    with pytest.raises(DeadlineExceeded, match="sleep"):
+        await commands.run("sleep", "60")
