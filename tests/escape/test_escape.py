@@ -54,6 +54,9 @@ async def test_no_technique_gets_a_byte_out(machine: Machine, options: list[str]
     assert slow == []
     assert strangers == []
     assert len(done.flows) > 20
+    if options:  # raw frames pass no socket hook: the ring dropped them, and said so (R18)
+        dropped = {flow["reason"] for flow in done.flows if flow.get("hook") == "ring"}
+        assert {"malformed", "no_route", "protocol"} <= dropped
 
 
 def _expected(packet: dict[str, object]) -> bool:

@@ -19,7 +19,7 @@ from clawker_cp.errors import CapacityExceeded, ClawkerError, Unavailable
 from clawker_cp.firewall import merge
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.changes import Change
-from clawker_cp.firewall.plan import Topology
+from clawker_cp.firewall.plan import Plan, Topology
 from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rules import RuleInvalid
@@ -59,6 +59,9 @@ class AgentsRecord:
     async def set_policies(self, policies: Mapping[str, int], /) -> None:
         self.policies |= policies
         self.journal.append("agents")
+
+    async def admit(self, plan: Plan, /) -> None:
+        self.admitted = plan
 
     async def cut(self, change: Change, /) -> int:
         self.changes.append(change)

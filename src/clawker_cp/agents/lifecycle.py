@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -54,6 +54,7 @@ class PolicyControl(Protocol):
     """Where rules that live as long as a sandbox are put; returns when they are enforced."""
 
     async def put_ephemeral(self, key: str, rules: str, *, learn: bool) -> int: ...
+    def policy_of(self, key: str) -> int: ...
     async def drop_ephemeral(self, key: str) -> None: ...
 
 
@@ -75,25 +76,32 @@ class LifeRequest:
     learn: bool = False
 
 
-@dataclass(slots=True)
-class _Life:
-    agent: EnrolledAgent
+async def _nothing_to_settle(_sandbox_id: str) -> None:
+    return
 
 
 class SandboxLives:
     """
     Starts, follows and ends sandboxes.
 
-    Every public operation leaves either a whole, enrolled sandbox or nothing. Cancelling `start`
-    undoes what was done.
+    `prepared` leaves either a whole, enrolled sandbox or nothing, also when cancelled. `settle` is
+    awaited between a sandbox's death and its withdrawal, while its records still find it.
     """
 
-    def __init__(self, engine: SandboxEngine, policy: PolicyControl, enforcement: Enforcement, roster: Roster) -> None:
+    def __init__(
+        self,
+        engine: SandboxEngine,
+        policy: PolicyControl,
+        enforcement: Enforcement,
+        roster: Roster,
+        settle: Callable[[str], Awaitable[None]] = _nothing_to_settle,
+    ) -> None:
         self._engine = engine
         self._policy = policy
         self._enforcement = enforcement
         self._roster = roster
-        self._lives: dict[str, _Life] = {}
+        self._settle = settle
+        self._lives: dict[str, EnrolledAgent] = {}
         self._ending: dict[str, asyncio.Event] = {}
 
     def __len__(self) -> int:
@@ -105,29 +113,14 @@ class SandboxLives:
         Create and enrol a sandbox in which nothing runs yet; it is undone if the body fails.
         """
         sandbox = await self._engine.create(request.spec)
-        agent = EnrolledAgent(
-            id=sandbox.id,
-            project=sandbox.project,
-            agent=sandbox.agent,
-            address=sandbox.address,
-            cgroup_id=sandbox.cgroup_id,
-            policy=0,
-            learn=request.learn,
-        )
+        agent = _agent_of(sandbox, request)
+        self._lives[agent.id] = agent
         try:
             policy = await self._policy.put_ephemeral(agent.key, request.rules, learn=request.learn)
-            agent = EnrolledAgent(
-                id=agent.id,
-                project=agent.project,
-                agent=agent.agent,
-                address=agent.address,
-                cgroup_id=agent.cgroup_id,
-                policy=policy,
-                learn=request.learn,
-            )
+            agent = replace(agent, policy=policy)
             await self._enforcement.enroll(agent, sandbox)
             self._roster.put(agent)
-            self._lives[agent.id] = _Life(agent)
+            self._lives[agent.id] = agent
             log.info("agents_enrolled", id=agent.id, agent=agent.key, policy=policy, address=agent.address)
             yield sandbox
         except BaseException:
@@ -142,28 +135,16 @@ class SandboxLives:
 
     async def adopt(self, sandbox: SandboxLike, request: LifeRequest) -> None:
         """
-        Take over a sandbox that ran on without us: its rules, its row and its place in the roster.
+        Take over a sandbox that ran on without us; its rules are in force already.
+
+        If the kernel refuses the row, what it had stays as it is, and the failure is raised.
         """
-        agent = EnrolledAgent(
-            id=sandbox.id,
-            project=sandbox.project,
-            agent=sandbox.agent,
-            address=sandbox.address,
-            cgroup_id=sandbox.cgroup_id,
-            policy=0,
-            learn=request.learn,
-        )
-        policy = await self._policy.put_ephemeral(agent.key, request.rules, learn=request.learn)
-        adopted = self._roster.update(agent.id, policy=policy)
-        if adopted is None:
-            agent = EnrolledAgent(
-                agent.id, agent.project, agent.agent, agent.address, agent.cgroup_id, policy, request.learn
-            )
-            self._roster.put(agent)
-            adopted = agent
-        await self._enforcement.enroll(adopted, sandbox)
-        self._lives[adopted.id] = _Life(adopted)
-        log.info("agents_adopted", id=adopted.id, agent=adopted.key, policy=policy)
+        agent = _agent_of(sandbox, request)
+        agent = replace(agent, policy=self._policy.policy_of(agent.key))
+        self._lives[agent.id] = agent
+        self._roster.put(agent)
+        await self._enforcement.enroll(agent, sandbox)
+        log.info("agents_adopted", id=agent.id, agent=agent.key, policy=agent.policy)
 
     def knows(self, sandbox_id: str) -> bool:
         """
@@ -175,54 +156,75 @@ class SandboxLives:
         """
         Deliver a signal to the command of a sandbox.
         """
-        await self._engine.signal(self._known(sandbox_id).agent.id, signo)
+        await self._engine.signal(self._known(sandbox_id).id, signo)
 
     async def finish(self, sandbox_id: str) -> int:
         """
         Wait for the command's end, take everything of the sandbox away, and return its exit code.
         """
-        life = self._known(sandbox_id)
+        agent = self._known(sandbox_id)
         code = await self._engine.wait(sandbox_id)
-        await self._end(life.agent)
+        await self._end(agent)
         return code
 
     async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
         """
         End a sandbox whose client went away; a sandbox that is gone already is fine.
         """
-        life = self._lives.get(sandbox_id)
-        if life is not None:
-            await self._end(life.agent, grace_s=grace_s)
+        agent = self._lives.get(sandbox_id)
+        if agent is not None:
+            await self._end(agent, grace_s=grace_s)
 
     async def _end(self, agent: EnrolledAgent, *, grace_s: float = 0.0) -> None:
         if agent.id in self._ending:
             await self._ending[agent.id].wait()
+        if agent.id not in self._lives:
             return
         done = self._ending[agent.id] = asyncio.Event()
-        # Death first, then the kernel row, then the rules: never a moment in which a living
-        # process has less of a policy than before.
-        steps: tuple[Callable[[], Awaitable[None]], ...] = (
-            partial(self._engine.remove, agent.id, force=True, grace_s=grace_s),
-            partial(self._withdraw, agent),
-            partial(self._policy.drop_ephemeral, agent.key),
-        )
-        for step in steps:
-            try:
-                async with asyncio.timeout(END_LIMIT_S + grace_s):
-                    await step()
-            except (ClawkerError, OSError, TimeoutError) as error:
-                log.warning("agents_end_step_failed", id=agent.id, error=str(error))
-        self._lives.pop(agent.id, None)
-        del self._ending[agent.id]
-        done.set()
-        log.info("agents_withdrawn", id=agent.id, agent=agent.key)
+        try:
+            # Death first: as long as something of it may live, its row and its rules stay (I4).
+            dead = await self._contained(
+                agent, "remove", partial(self._engine.remove, agent.id, force=True, grace_s=grace_s), grace_s
+            )
+            if dead:
+                await self._contained(agent, "settle", partial(self._settle, agent.id))
+                await self._contained(agent, "withdraw", partial(self._withdraw, agent))
+                await self._contained(agent, "rules", partial(self._policy.drop_ephemeral, agent.key))
+                log.info("agents_withdrawn", id=agent.id, agent=agent.key)
+        finally:
+            self._lives.pop(agent.id, None)
+            del self._ending[agent.id]
+            done.set()
+
+    async def _contained(
+        self, agent: EnrolledAgent, step: str, act: Callable[[], Awaitable[None]], more_s: float = 0.0
+    ) -> bool:
+        try:
+            async with asyncio.timeout(END_LIMIT_S + more_s):
+                await act()
+        except (ClawkerError, OSError, TimeoutError) as error:
+            log.warning("agents_end_step_failed", id=agent.id, step=step, error=str(error) or type(error).__name__)
+            return False
+        return True
 
     async def _withdraw(self, agent: EnrolledAgent) -> None:
         self._roster.remove(agent.id)
         await self._enforcement.withdraw(agent)
 
-    def _known(self, sandbox_id: str) -> _Life:
-        life = self._lives.get(sandbox_id)
-        if life is None:
+    def _known(self, sandbox_id: str) -> EnrolledAgent:
+        agent = self._lives.get(sandbox_id)
+        if agent is None:
             raise NotFound(f"no sandbox {sandbox_id} on this server")
-        return life
+        return agent
+
+
+def _agent_of(sandbox: SandboxLike, request: LifeRequest) -> EnrolledAgent:
+    return EnrolledAgent(
+        id=sandbox.id,
+        project=sandbox.project,
+        agent=sandbox.agent,
+        address=sandbox.address,
+        cgroup_id=sandbox.cgroup_id,
+        policy=0,
+        learn=request.learn,
+    )

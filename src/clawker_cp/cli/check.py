@@ -22,8 +22,8 @@ def check(*, as_json: bool) -> None:
 
     Exits 3 when something enforcement cannot do without is missing.
     """
-    settings, directories = load_configuration()
-    rows = preflight(settings, directories)
+    settings, _directories = load_configuration()
+    rows = preflight(settings)
     if as_json:
         click.echo(orjson.dumps([row.as_mapping() for row in rows], option=orjson.OPT_INDENT_2))
     else:

@@ -84,6 +84,10 @@ class AgentsTarget(Protocol):
         """Move agents (scope keys) to other policy numbers, in the kernel."""
         ...
 
+    async def admit(self, plan: Plan, /) -> None:
+        """Let through on the host what a plan passes directly, and nothing it does not."""
+        ...
+
     async def cut(self, change: Change, /) -> int:
         """Destroy connections that the change forbids (6.1, R13); returns how many."""
         ...
@@ -91,7 +95,11 @@ class AgentsTarget(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Everything a compile depends on that changes at run time."""
+    """
+    Everything a compile depends on that changes at run time.
+
+    `unknown`: the stored rules cannot be read, so nobody's rules may open anything (R21).
+    """
 
     stored: tuple[Rule, ...] = ()
     closing: tuple[Rule, ...] = ()
@@ -100,9 +108,16 @@ class Wanted:
     agents: frozenset[str] = frozenset()
     learn: frozenset[str] = frozenset()
     concrete: Mapping[str, Materialised] = field(default_factory=lambda: MappingProxyType({}))
+    unknown: bool = False
+
+    @property
+    def learning(self) -> frozenset[str]:
+        return frozenset() if self.unknown else self.learn
 
     @property
     def rules(self) -> tuple[Rule, ...]:
+        if self.unknown:
+            return ()
         return (*close(self.stored, self.closing, self.close_wildcards), *self.ephemeral)
 
 
@@ -147,7 +162,7 @@ def only_closes(before: Wanted, after: Wanted, old: Plan, new: Plan) -> bool:
     removed = set(before.rules) - set(after.rules)
     if any(not rule.is_deny for rule in added) or any(rule.is_deny for rule in removed):
         return False
-    if after.agents - before.agents or after.learn - before.learn or moved_agents(old, new):
+    if after.agents - before.agents or after.learning - before.learning or moved_agents(old, new):
         return False
     for key, live in after.concrete.items():
         known = before.concrete.get(key, Materialised())

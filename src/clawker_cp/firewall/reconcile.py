@@ -50,7 +50,7 @@ from clawker_cp.firewall.plan import (
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rules import Problem, Rule, RuleInvalid
 from clawker_cp.firewall.salvage import drop_until_it_compiles
-from clawker_cp.firewall.store import RuleStore, Stored
+from clawker_cp.firewall.store import RuleStore, Stored, store_failure
 from clawker_cp.firewall.validate import validate
 
 log = structlog.get_logger()
@@ -78,7 +78,7 @@ class Reconciler:
         kernel: KernelTarget,
         agents: AgentsTarget,
         names: PolicyNames,
-        topology: Topology,
+        topology: Topology | None = None,
         *,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -89,7 +89,7 @@ class Reconciler:
         self._kernel = kernel
         self._agents = agents
         self._names = names
-        self._topology = topology
+        self._topology = topology or Topology()
         self._wall = wall
         self._monotonic = monotonic
         self._queue = ActionQueue()
@@ -142,6 +142,28 @@ class Reconciler:
 
     # -- life --------------------------------------------------------------------------------
 
+    def use_topology(self, topology: Topology) -> None:
+        """Set what is known of this host; holds from the next compile on."""
+        self._topology = topology
+
+    def preload(self, key: str, rules: str, *, learn: bool) -> None:
+        """
+        Take over, before `start`, the rules of an agent that ran on without us: its connections survive.
+
+        Raises `RuleInvalid`.
+        """
+        self._ephemeral.commit(merge.add(self._ephemeral.rules, read_ephemeral(rules, key)).rules)
+        self._wanted = replace(
+            self._wanted,
+            ephemeral=self._ephemeral.rules,
+            agents=self._wanted.agents | {key},
+            learn=self._wanted.learn | {key} if learn else self._wanted.learn,
+        )
+
+    def policy_of(self, key: str) -> int:
+        """Return the policy number of an agent; one nobody put has that of the global rules."""
+        return self.plan.agents.get(key, 1)
+
     async def start(self) -> None:
         """
         Compile what is stored, start the proxy with it, write the maps, open the gate.
@@ -152,15 +174,15 @@ class Reconciler:
         loaded = await asyncio.to_thread(self._files.load)
         self._allocations = loaded.allocations
         stored = await asyncio.to_thread(self._store.read)
-        self._wanted = self._with_stored(self._wanted, stored)
+        self._wanted = replace(self._with_stored(self._wanted, stored), unknown=bool(stored.unreadable))
         compiled, skipped = await asyncio.to_thread(self._compile_what_holds)
         for problem in skipped:
             log.warning("rule_skipped", dst=problem.dst, field=problem.field, problem=problem.text)
         tables = await asyncio.to_thread(self._names.tables_for, compiled.plan)
         self._names.serve_with(self)
         self._names.announce(tables)
-        await self._envoy.start(compiled.plan)
         await self._save(compiled.allocations)
+        await self._envoy.start(compiled.plan)
         await self._write_kernel(compiled.plan)
         self._names.publish(tables)
         self._compiled = compiled
@@ -227,10 +249,15 @@ class Reconciler:
         made = read_ephemeral(rules, key)
 
         async def work(_: Sequence[Any]) -> Sequence[int]:
+            # Hand edits count from the next mutation on (7.9); rules nobody can read refuse it (R21).
+            stored = await asyncio.to_thread(self._store.read)
+            if stored.unreadable:
+                self._unreadable = stored.unreadable
+                raise store_failure(f"the rules are not readable ({stored.unreadable}): repair them and reload")
             others = [rule for rule in self._ephemeral.rules if rule.scope != key]
             added = merge.add(others, made).rules
             wanted = replace(
-                self._wanted,
+                self._with_stored(self._wanted, stored),
                 ephemeral=added,
                 agents=self._wanted.agents | {key},
                 learn=self._wanted.learn | {key} if learn else self._wanted.learn - {key},
@@ -274,6 +301,7 @@ class Reconciler:
         self._unreadable = stored.unreadable
         return replace(
             wanted,
+            unknown=wanted.unknown and bool(stored.unreadable),
             stored=tuple(stored.rules),
             closing=tuple(stored.closing),
             close_wildcards=stored.close_wildcards,
@@ -343,7 +371,7 @@ class Reconciler:
             self._allocations,
             concrete=wanted.concrete,
             now=self._wall(),
-            learn=wanted.learn,
+            learn=wanted.learning,
             previous=self._compiled,
         )
 
@@ -388,8 +416,11 @@ class Reconciler:
             self.version += 1
         if closing:
             self._names.publish(tables)
+        # A number is durable before the kernel carries it: after a crash it must not come to mean another name.
+        await self._save(found.allocations)
         try:
             await self._write_kernel(found.plan)
+            await self._agents.admit(found.plan)
             moved = moved_agents(old, found.plan)
             if moved:
                 await self._agents.set_policies({agent: new for agent, (_, new) in moved.items()})
@@ -404,7 +435,6 @@ class Reconciler:
         except (ClawkerError, OSError) as failure:
             self._fell_behind(failure)
             raise stored_not_live(failure) from failure
-        await self._save(found.allocations)
         change = Change(old, found.plan, moved, lost_destinations(old, found.plan))
         cut = await self._agents.cut(change) if change.policies or moved else 0
         elapsed = int((self._monotonic() - began) * 1e6)

@@ -44,7 +44,6 @@ class Reports(Protocol):
 
     def watch(self, sandbox_id: str) -> AbstractAsyncContextManager[AsyncIterator[Mapping[str, Any]]]: ...
     def ending(self, sandbox_id: str) -> Mapping[str, Any]: ...
-    async def settle(self, sandbox_id: str) -> None: ...
 
 
 class LocalServer:
@@ -74,6 +73,12 @@ class LocalServer:
         Whether no client is being served.
         """
         return self._clients == 0
+
+    def attached(self, sandbox_id: str) -> bool:
+        """
+        Whether a client follows a sandbox now.
+        """
+        return sandbox_id in self._attached
 
     def open(self) -> None:
         """
@@ -189,7 +194,6 @@ class LocalServer:
                 flows = group.create_task(self._send_flows(channel, sandbox_id), name="local-flows")
                 inbox = group.create_task(self._read_client(channel, sandbox_id), name="local-inbox")
                 code = await self._lives.finish(sandbox_id)
-                await self._reports.settle(sandbox_id)
                 flows.cancel()
                 inbox.cancel()
             await channel.send({"event": "exit", "code": code, **self._reports.ending(sandbox_id)})

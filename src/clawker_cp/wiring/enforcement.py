@@ -1,13 +1,13 @@
 """
 One agent's enforcement: its kernel row, its published ports, its direct paths, its cuts.
 
-Joins `ebpf.Manager`, the host engine's ring and the compiled plan for `agents.lifecycle`.
+Joins `ebpf.Manager`, the host engine's ring and the compiled plan, for `agents.lifecycle`
+(`Enforcement`) and for the reconciler (`AgentsTarget`).
 """
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -19,36 +19,43 @@ from clawker_cp.engines.host.engine import HostEngine
 from clawker_cp.engines.host.ring import Direct
 from clawker_cp.engines.host.sockets import SocketInfo
 from clawker_cp.errors import ClawkerError
+from clawker_cp.firewall.changes import Change
+from clawker_cp.firewall.direct import passed, passes
 from clawker_cp.firewall.hosts import HostTable, may_stay
-from clawker_cp.firewall.plan import Plan, RouteAction
+from clawker_cp.firewall.plan import Plan, Policy
 from clawker_cp.telemetry.connections import Connections
-from clawker_cp.wiring.policy import Change
 
 log = structlog.get_logger()
 
 
 class HostEnforcement:
     """
-    Enrols and withdraws sandboxes of this host.
+    Enrols, moves, cuts and withdraws sandboxes of this host. `plan` gives the plan in force.
     """
 
     def __init__(
-        self, manager: Manager, engine: HostEngine, roster: Roster, connections: Connections, *, host_ring: bool
+        self,
+        manager: Manager,
+        engine: HostEngine,
+        roster: Roster,
+        connections: Connections,
+        *,
+        plan: Callable[[], Plan],
+        host_ring: bool,
     ) -> None:
         self._manager = manager
         self._engine = engine
         self._roster = roster
         self._connections = connections
-        self._host_ring = host_ring
-        self._plan: Plan | None = None
-        self._gate: Any = None
-
-    def use(self, plan: Plan, gate: Any) -> None:
-        """
-        Tell which plan is in force at start, and which gate remembers answers.
-        """
         self._plan = plan
-        self._gate = gate
+        self._host_ring = host_ring
+        self._forget: tuple[Callable[[int], None], ...] = ()
+
+    def tell_withdrawn(self, *forget: Callable[[int], None]) -> None:
+        """
+        Set who keeps something by cgroup id, and has to forget it once an agent is gone.
+        """
+        self._forget = forget
 
     async def enroll(self, agent: EnrolledAgent, sandbox: Sandbox) -> None:
         """
@@ -66,7 +73,7 @@ class HostEnforcement:
             bypass_until_ns=agent.bypass_until_ns,
         )
         self._manager.set_inbound(agent.cgroup_id, {item.port: InboundFrom.HOST for item in sandbox.publish})
-        await self._admit(agent)
+        await self._admit(agent, self._plan())
         self._manager.enroll(agent.cgroup_id, config)
 
     async def withdraw(self, agent: EnrolledAgent) -> None:
@@ -74,65 +81,84 @@ class HostEnforcement:
         Remove an agent's rows; only called once nothing of it lives.
         """
         self._manager.withdraw(agent.cgroup_id)
-        if self._gate is not None:
-            self._gate.forget(agent.cgroup_id)
+        for forget in self._forget:
+            forget(agent.cgroup_id)
         self._connections.forget(agent.address)
 
-    async def on_change(self, change: Change) -> None:
+    async def set_policies(self, policies: Mapping[str, int], /) -> None:
         """
-        Give agents their policy of a new plan and cut what it forbids.
+        Move agents, by scope key, to other policy numbers.
         """
-        self._plan = change.after
+        for key, number in policies.items():
+            for agent in self._roster.with_key(key):
+                self._manager.set_policy(agent.cgroup_id, number)
+                self._roster.update(agent.id, policy=number)
+
+    async def admit(self, plan: Plan, /) -> None:
+        """
+        Bring the ring to what a plan passes directly.
+        """
         for agent in self._roster:
-            policy = change.after.agents.get(agent.key, 1)
-            if policy != agent.policy:
-                self._manager.set_policy(agent.cgroup_id, policy)
-                self._roster.update(agent.id, policy=policy)
-            await self._admit(agent, policy)
+            await self._admit(agent, plan)
+
+    async def cut(self, change: Change, /) -> int:
+        """
+        Destroy what a change forbids; one sandbox's failure is logged and leaves the others' done.
+        """
+        count = 0
+        for agent in self._roster:
+            before, after = change.moved.get(agent.key, (agent.policy, agent.policy))
+            old, new = change.old.policies.get(before), change.new.policies.get(after)
+            if agent.learn or agent.bypassed or old is None or new is None:
+                continue
+            if old == new and not change.moved.get(agent.key) and change.old.cidrs == change.new.cidrs:
+                continue
             try:
-                count = await self._cut(agent, change, agent.policy, policy)
+                count += await self._engine.cut(agent.id, self._doomed(agent, old, new, change.new))
             except (ClawkerError, OSError) as error:
                 log.warning("connections_not_cut", id=agent.id[:12], cause=str(error))
-                continue
-            if count:
-                log.info("connections_cut", id=agent.id[:12], count=count, cause="rule")
+        if count:
+            log.info("connections_cut", count=count, cause="rule")
+        return count
 
-    async def _admit(self, agent: EnrolledAgent, policy: int | None = None) -> None:
-        if not self._host_ring or self._plan is None:
-            return
-        number = agent.policy if policy is None else policy
-        if agent.learn:
-            await self._engine.ring.admit_all(agent.address, None)
-        direct = [
-            Direct(str(row.prefix), row.l4, span.low, span.high)
-            for row in self._plan.cidrs.values()
-            if row.policy == number
-            for span in row.spans
-            if span.action == RouteAction.PASS
-        ]
-        await self._engine.ring.admit(agent.address, direct)
-
-    async def _cut(self, agent: EnrolledAgent, change: Change, old_number: int, new_number: int) -> int:
-        old, new = change.before.policies.get(old_number), change.after.policies.get(new_number)
-        if old is None or new is None or (old == new and old_number == new_number):
-            return 0
-        old_hosts, new_hosts = HostTable.of(old), HostTable.of(new)
-        kept = {target.listen for target in new.opaque} | {origin.listen for origin in new.origins}
-        kept.add(new.egress_port)
-        forbidden = {
-            source_port
-            for source_port, (host, port, tls) in self._connections.of(agent.address).items()
-            if not may_stay(old_hosts, new_hosts, host, port, tls=tls)
-        }
+    def _doomed(self, agent: EnrolledAgent, old: Policy, new: Policy, plan: Plan) -> Callable[[SocketInfo], bool]:
+        """
+        Which of an agent's sockets have no permission left: proxied ones by what the proxy last said
+        of them or by their listener, direct ones by their address.
+        """
         gateway = self._engine.gateway
-        opaque_before = {target.listen for target in old.opaque} | {old.egress_port}
-        gone = opaque_before - kept
+        old_hosts, new_hosts = HostTable.of(old), HostTable.of(new)
+        forbidden = {
+            (source, live.listener)
+            for source, live in self._connections.of(agent.address).items()
+            if live.listener in _http_listeners(old)
+            and not may_stay(old_hosts, new_hosts, live.host, live.port, tls=live.tls)
+        }
+        gone = _listeners(old) - _listeners(new)
 
         def doomed(info: SocketInfo) -> bool:
             if info.destination == gateway:
-                return info.destination_port in gone or info.source_port in forbidden
-            return False
+                return info.destination_port in gone or (info.source_port, info.destination_port) in forbidden
+            if info.destination.startswith("127.") or ":" in info.destination:
+                return False
+            return not passes(plan, new.id, info.protocol, info.destination, info.destination_port)
 
-        if not gone and not forbidden:
-            return 0
-        return await asyncio.shield(self._engine.cut(agent.id, doomed))
+        return doomed
+
+    async def _admit(self, agent: EnrolledAgent, plan: Plan) -> None:
+        if not self._host_ring:
+            return
+        if agent.learn:
+            await self._engine.ring.admit_all(agent.address, None)
+        direct = [Direct(str(one.network), one.l4, one.low, one.high) for one in passed(plan, agent.policy)]
+        await self._engine.ring.admit(agent.address, direct)
+
+
+def _http_listeners(policy: Policy) -> set[int]:
+    """Ports on which the proxy reads the name, so that its record decides."""
+    return {policy.egress_port, *(origin.listen for origin in policy.origins if origin.listen)}
+
+
+def _listeners(policy: Policy) -> set[int]:
+    """Every proxy port of a policy."""
+    return {*_http_listeners(policy), *(target.listen for target in policy.opaque)}

@@ -23,7 +23,7 @@ from clawker_cp.firewall.documents import emit_rules
 from clawker_cp.firewall.rules import Rule, normalise
 from clawker_cp.firewall.shorthand import shorthand_for
 from clawker_cp.telemetry import enrich
-from clawker_cp.telemetry.connections import Connections
+from clawker_cp.telemetry.connections import Connections, Live
 from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.telemetry.flows import DENIED, DNS, KERNEL, Flow
 from clawker_cp.telemetry.summary import Destination, Summary, learned
@@ -88,16 +88,13 @@ class Reports:
             agent = self._roster.by_address(remote.rpartition(":")[0])
             flow = enrich.from_proxy(line, agent)
             begins = Connections.begins(line)
-            if flow.verdict != DENIED:
-                self._connections.see(
-                    remote,
-                    "",
-                    flow.host,
-                    flow.port,
-                    tls=flow.proto in {"https", "wss"},
-                    ends=not begins and not flow.method,
-                )
-            if agent is not None and (begins != (flow.verdict == DENIED) or flow.status >= 400):
+            if begins and flow.verdict != DENIED:
+                listener = int(line.get("listener_port") or 0)
+                live = Live(flow.host, flow.port, flow.proto in {"https", "wss"}, listener)
+                self._connections.see(remote, live)
+            # A refusal is whole at its end, what passes is shown as it begins; UDP has only an end.
+            shown = not begins if flow.verdict == DENIED or flow.proto == "udp" else begins
+            if agent is not None and (shown or flow.status >= 400):
                 flows.append(flow)
         self._take(flows)
 
@@ -124,6 +121,13 @@ class Reports:
             hook="ring",
         )
         self._take([flow])
+
+    def forget(self, cgroup_id: int) -> None:
+        """
+        Drop what was kept of an agent that is gone: the names it was told, its last number.
+        """
+        self._names.pop(cgroup_id, None)
+        self._sequences.forget(cgroup_id)
 
     async def poll_kernel(self) -> None:
         """

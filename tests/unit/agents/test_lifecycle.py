@@ -28,7 +28,7 @@ class World:
         self.steps: list[str] = []
         self.failing = failing
         self.roster = Roster()
-        self.lives = SandboxLives(self, self, self, self.roster)
+        self.lives = SandboxLives(self, self, self, self.roster, self.settle)
 
     def _step(self, name: str) -> None:
         self.steps.append(name)
@@ -56,6 +56,13 @@ class World:
         self._step("rules")
         return 5
 
+    def policy_of(self, key: str) -> int:
+        return 5
+
+    async def settle(self, sandbox_id: str) -> None:
+        assert self.roster.by_id(sandbox_id) is not None or self.failing in {"rules", "enroll"}
+        self._step("settle")
+
     async def drop_ephemeral(self, key: str) -> None:
         self._step("drop")
 
@@ -68,7 +75,7 @@ class World:
 
 
 REQUEST = LifeRequest(spec=None, rules="")
-END = ["remove", "withdraw", "drop"]
+END = ["remove", "settle", "withdraw", "drop"]
 
 
 async def test_a_whole_life_keeps_the_order() -> None:
@@ -90,18 +97,36 @@ async def test_a_failed_start_leaves_nothing(failing: str) -> None:
     with pytest.raises(Unavailable, match=failing):
         async with world.lives.prepared(REQUEST) as sandbox:
             await world.lives.launch(sandbox.id, (0, 1, 2))
-    assert world.steps[-3:] == END
+    assert world.steps[-4:] == END
     assert not world.lives.knows("id1") and len(world.roster) == 0
 
 
-async def test_a_failing_end_step_does_not_stop_the_others() -> None:
-    """The row and the rules go even if the engine cannot remove the sandbox."""
+async def test_what_cannot_be_killed_keeps_its_row_and_its_rules() -> None:
+    """While something of a sandbox may live, its enforcement stays as it was (I4)."""
     world = World("remove")
     await world.lives.adopt(Sandbox(), REQUEST)
     await world.lives.stop("id1", grace_s=0)
+    assert world.steps == ["enroll", "remove"]
+    assert world.roster.by_id("id1") is not None
+
+
+@pytest.mark.parametrize("failing", ["settle", "withdraw"])
+async def test_a_failing_later_step_does_not_stop_the_others(failing: str) -> None:
+    """Once a sandbox is dead, one step's failure leaves no other undone, and an end is only done once."""
+    world = World(failing)
+    await world.lives.adopt(Sandbox(), REQUEST)
     await world.lives.stop("id1", grace_s=0)
-    assert world.steps == ["rules", "enroll", *END]
+    await world.lives.stop("id1", grace_s=0)
+    assert world.steps == ["enroll", *END]
     assert not world.lives.knows("id1")
+
+
+async def test_an_adopted_sandbox_keeps_its_rules_and_gets_its_row_again() -> None:
+    """Adoption asks for no rule change: the rules were in force before it."""
+    world = World()
+    await world.lives.adopt(Sandbox(), REQUEST)
+    assert world.steps == ["enroll"]
+    assert world.lives.knows("id1")
 
 
 async def test_an_unknown_sandbox_is_not_found() -> None:

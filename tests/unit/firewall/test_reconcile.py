@@ -70,6 +70,9 @@ class Journal:
     async def set_policies(self, policies: Mapping[str, int], /) -> None:
         self.lines.append(f"agents {dict(policies)}")
 
+    async def admit(self, plan: Plan, /) -> None:
+        self.admitted = plan
+
     async def cut(self, change: Change, /) -> int:
         self.changes.append(change)
         self.lines.append("cut")
@@ -284,3 +287,51 @@ async def test_a_run_document_is_read_as_text(tmp_path: Path, monkeypatch: pytes
         assert number == 2
         assert world.names.decide(2, "a.example.com").allowed
         assert not world.names.decide(1, "a.example.com").allowed
+
+
+@asynccontextmanager
+async def running(world: World) -> AsyncIterator[None]:
+    """Work on changes while the body runs."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(world.reconciler.run())
+        try:
+            yield
+        finally:
+            world.reconciler.close()
+
+
+async def test_rules_nobody_can_read_open_nothing(tmp_path: Path) -> None:
+    """With an unreadable store preloaded rules open nothing and new ones are refused, until a repair (R21)."""
+    (tmp_path / "egress-rules.yaml").write_text("rules: [")
+    world = World(tmp_path)
+    world.reconciler.preload("agent:p/a", "rules: [{dst: api.example.com}]\n", learn=False)
+    await world.reconciler.start()
+    closed = world.reconciler.plan
+    async with running(world):
+        with pytest.raises(ClawkerError) as refused:
+            await world.reconciler.put_ephemeral("agent:p/b", "rules: [{dst: www.example.com}]\n")
+        (tmp_path / "egress-rules.yaml").write_text("rules: []\n")
+        await world.reconciler.reload()
+
+    assert refused.value.code == "RULE_STORE_WRITE"
+    assert not any(policy.origins for policy in closed.policies.values())
+    assert not closed.routes
+    assert any(policy.origins for policy in world.reconciler.plan.policies.values())
+
+
+async def test_numbers_are_durable_before_the_kernel_carries_them(tmp_path: Path) -> None:
+    """When the kernel is written, the allocations that its rows use are on disk already."""
+    world = World(tmp_path)
+    await world.reconciler.start()
+    on_disk: list[bool] = []
+    original = world.journal.sync_routes
+
+    def sync(routes: Any, cidrs: Any, ports: Any, /) -> None:
+        on_disk.append("db.example.com" in (tmp_path / "route-identities.yaml").read_text())
+        original(routes, cidrs, ports)
+
+    world.journal.sync_routes = sync  # type: ignore[method-assign]
+    async with running(world):
+        await world.reconciler.put_ephemeral("agent:p/a", "rules: [{dst: db.example.com, proto: tcp, port: '5432'}]\n")
+
+    assert on_disk == [True]

@@ -26,7 +26,7 @@ _NETLINK_NETFILTER = 12
 _ULOG = 4  # NFNL_SUBSYS_ULOG
 _PACKET, _CONFIG = _ULOG << 8, (_ULOG << 8) | 1
 _REQUEST, _ACK = 0x1, 0x4
-_CMD, _MODE = 1, 2
+_CMD, _MODE, _THRESHOLD = 1, 2, 5
 _BIND, _COPY_PACKET = 1, 2
 _PACKET_HEADER, _INDEV, _PHYSINDEV, _PAYLOAD, _PREFIX = 1, 4, 6, 9, 10
 _HEADER = struct.Struct("=IHHII")
@@ -63,6 +63,9 @@ class RingLog:
             netlink.bind((0, 0))
             self._configure(netlink, _CMD, struct.pack("=B", _BIND))
             self._configure(netlink, _MODE, struct.pack(">IBx", _COPY_BYTES, _COPY_PACKET))
+            # Left alone the kernel gathers 100 packets or a second's: a short run would end before
+            # its records come. The rules bound the rate already.
+            self._configure(netlink, _THRESHOLD, struct.pack(">I", 1))
         except OSError as error:
             netlink.close()
             raise Unavailable(f"cannot read NFLOG group {self._group}: {error.strerror or error}") from error

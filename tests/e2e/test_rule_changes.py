@@ -1,0 +1,209 @@
+"""
+Rules that change under running agents: what stays allowed survives, what is removed is cut (I6).
+
+The global rules file is edited and the server told with SIGHUP, as an operator would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from clawker_cp.testing.machine import Machine, Outcome, outcome
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+
+CHANGES = 100
+BYTES = int(os.environ.get("CLAWKER_TEST_BYTES", str(1 << 30)))
+PIPE = asyncio.subprocess.PIPE
+
+# One connection per name of a rule, each asked again and again; says when one breaks.
+HOLD = """
+import os, socket, sys, time
+targets = [t.rsplit(":", 1) for t in sys.argv[1:]]
+held = {}
+for host, port in targets:
+    held[host, port] = s = socket.create_connection((host, int(port)), 5)
+    s.settimeout(5)
+open("held", "w").close()
+broken = {}
+while not os.path.exists("stop"):
+    for key, s in list(held.items()):
+        try:
+            s.sendall(b"ping\\n")
+            if not s.recv(64): raise OSError("closed")
+        except OSError as error:
+            broken[key] = str(error); del held[key]
+            print("BROKEN", key[0], flush=True)
+    time.sleep(0.02)
+print("KEPT", *sorted(host for host, _ in held), flush=True)
+"""
+
+WEBSOCKET = """
+import base64, os, socket, ssl
+raw = socket.create_connection(("www.example.com", 9443), 5)
+s = ssl.create_default_context().wrap_socket(raw, server_hostname="www.example.com")
+key = base64.b64encode(b"0123456789abcdef").decode()
+s.sendall(("GET /ws HTTP/1.1\\r\\nHost: www.example.com:9443\\r\\nUpgrade: websocket\\r\\nConnection: Upgrade\\r\\n"
+           f"Sec-WebSocket-Version: 13\\r\\nSec-WebSocket-Key: {key}\\r\\n\\r\\n").encode())
+answer = b""
+while b"\\r\\n\\r\\n" not in answer: answer += s.recv(4096)
+print("UPGRADED", b" 101 " in answer[:20], flush=True)
+open("held", "w").close()
+count = 0
+while not os.path.exists("stop"):
+    s.sendall(b"\\x81\\x84\\0\\0\\0\\0ping")
+    frame = b""
+    while len(frame) < 6:
+        got = s.recv(6 - len(frame))
+        if not got: raise SystemExit("the websocket broke")
+        frame += got
+    assert frame[2:] == b"ping", frame
+    count += 1
+print("FRAMES", count > 10, flush=True)
+"""
+
+
+class Rules:
+    """The machine's global rules file, and the server that reads it."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.path = machine.host.directory / "data" / "firewall" / "egress-rules.yaml"
+        self.log = machine.host.directory / "state" / "logs" / "clawker-controlplane.log"
+
+    def _reloads(self) -> int:
+        return self.log.read_text().count("policy_reloaded") if self.log.exists() else 0
+
+    async def apply(self, rules: list[dict[str, str]]) -> None:
+        """Replace the global rules and wait until they are in force."""
+        before = self._reloads()
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(json.dumps({"rules": rules}))  # JSON is YAML
+        temporary.replace(self.path)
+        await self.machine.host.run(["sh", "-c", "kill -HUP $(cat /run/clawker/cp.pid)"])
+        await until(lambda: self._reloads() > before, "the reload")
+
+
+async def until(condition: Callable[[], bool], what: str, limit_s: float = 30) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(machine: Machine, *options: str, command: list[str]) -> AsyncIterator[Callable[[], object]]:
+    """A run beside the test; yields what awaits its end after letting it stop."""
+    for name in ("held", "stop"):
+        (machine.workdir / name).unlink(missing_ok=True)
+    argv = machine.argv(*options, command=command)
+    process = await machine.host.start(argv, env=machine.environment, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    held = machine.workdir / "held"
+
+    async def finish() -> Outcome:
+        (machine.workdir / "stop").touch()
+        async with asyncio.timeout(120):
+            out, err = await process.communicate()
+        return outcome(process.returncode or 0, out.decode(), err.decode())
+
+    try:
+        await until(lambda: held.exists() or process.returncode is not None, "the command")
+        yield finish
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def noise(number: int) -> list[dict[str, str]]:
+    """Rules that have nothing to do with what is held: another set each time, of every kind."""
+    return [
+        {"dst": f"n{number}.example.org"},
+        {"dst": f"t{number % 3}.example.org", "proto": "tcp", "port": str(6000 + number % 5)},
+        {"dst": f".w{number % 2}.example.org", "tls": "passthrough"},
+    ]
+
+
+async def test_a_websocket_survives_a_hundred_rule_changes(machine: Machine) -> None:
+    """Frames keep coming back over one connection while a hundred other rules come and go."""
+    rules = Rules(machine)
+    async with running(
+        machine, "--allow", "wss://www.example.com:9443", command=["/usr/bin/python3", "-c", WEBSOCKET]
+    ) as finish:
+        for number in range(CHANGES):
+            await rules.apply(noise(number))
+        done = await finish()
+
+    assert "UPGRADED True" in done.out, done.err[-1500:]
+    assert "FRAMES True" in done.out, done.err[-1500:]
+    assert done.code == 0
+
+
+async def test_a_large_download_survives_rule_changes_next_to_it(machine: Machine) -> None:
+    """Every byte of a 1 GiB download arrives while rules change for as long as it takes, a hundred times at least."""
+    rules = Rules(machine)
+    command = [
+        "sh", "-c",
+        f": > held; curl -sS --limit-rate 60M https://big.example.com/big/{BYTES} | wc -c; : > done; "
+        "while [ ! -e stop ]; do sleep 0.05; done",
+    ]  # fmt: skip
+    (machine.workdir / "done").unlink(missing_ok=True)
+    during = 0
+    async with running(machine, "--allow", "https://big.example.com", command=command) as finish:
+        while not (machine.workdir / "done").exists():
+            await rules.apply(noise(during))
+            during += 1
+        done = await finish()
+
+    assert done.out.split() == [str(BYTES)], done.err[-1500:]
+    assert during >= min(CHANGES, BYTES >> 24)
+
+
+async def test_a_removed_rule_cuts_exactly_its_own_connections(machine: Machine) -> None:
+    """Of a name's, an address range's and an untouched connection, those whose rule goes break, the other lives."""
+    rules = Rules(machine)
+    kept = {"dst": "db.example.com", "proto": "tcp", "port": "5432"}
+    named = {"dst": "git.example.org", "proto": "tcp", "port": "2222"}
+    direct = {"dst": "198.51.100.0/24", "proto": "tcp", "port": "6379"}
+    rules.path.parent.mkdir(parents=True, exist_ok=True)
+    rules.path.write_text(json.dumps({"rules": [kept, named, direct]}))
+    targets = ["db.example.com:5432", "git.example.org:2222", "198.51.100.10:6379"]
+    async with running(machine, command=["/usr/bin/python3", "-c", HOLD, *targets]) as finish:
+        await rules.apply([kept, direct])
+        await asyncio.sleep(1)  # the contract's bound for a cut (6.1)
+        await rules.apply([kept])
+        await asyncio.sleep(1)
+        done = await finish()
+
+    assert done.out.splitlines() == ["BROKEN git.example.org", "BROKEN 198.51.100.10", "KEPT db.example.com"], done.err[
+        -1500:
+    ]
+
+
+async def test_a_rules_file_nobody_can_read_changes_nothing(machine: Machine) -> None:
+    """A broken file is refused, what runs goes on, a new run is refused, and a repair opens again."""
+    rules = Rules(machine)
+    rules.path.parent.mkdir(parents=True, exist_ok=True)
+    rules.path.write_text('{"rules": []}')
+    async with running(
+        machine, "--allow", "tcp://db.example.com:5432",
+        command=["/usr/bin/python3", "-c", HOLD, "db.example.com:5432"],
+    ) as finish:  # fmt: skip
+        rules.path.write_text("rules: [")
+        await machine.host.run(["sh", "-c", "kill -HUP $(cat /run/clawker/cp.pid)"])
+        refused = await machine.run("--agent", "second", command=["true"])
+        await rules.apply([])
+        allowed = await machine.run("--agent", "third", command=["true"])
+        done = await finish()
+
+    assert refused.code == 125
+    assert "not readable" in refused.err
+    assert allowed.code == 0, allowed.err
+    assert done.out.splitlines() == ["KEPT db.example.com"], done.err[-1500:]
