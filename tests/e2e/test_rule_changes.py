@@ -23,26 +23,44 @@ CHANGES = 100
 BYTES = int(os.environ.get("CLAWKER_TEST_BYTES", str(1 << 30)))
 PIPE = asyncio.subprocess.PIPE
 
-# One connection per name of a rule, each asked again and again; says when one breaks.
+# One connection per rule, each asked again and again; says which one breaks, how, and after how long
+# without an answer. `https:` connections carry requests: the proxy alone would only refuse the next one.
 HOLD = """
-import os, socket, sys, time
-targets = [t.rsplit(":", 1) for t in sys.argv[1:]]
+import errno, os, socket, ssl, sys, time
 held = {}
-for host, port in targets:
-    held[host, port] = s = socket.create_connection((host, int(port)), 5)
+for target in sys.argv[1:]:
+    kind, host, port = target.split(":")
+    s = socket.create_connection((host, int(port)), 5)
+    if kind == "https":
+        s = ssl.create_default_context().wrap_socket(s, server_hostname=host)
     s.settimeout(5)
+    held[target] = s
 open("held", "w").close()
-broken = {}
+
+def ask(target, s):
+    kind, host, port = target.split(":")
+    if kind == "tcp":
+        s.sendall(b"ping\\n")
+        if not s.recv(64): raise ConnectionResetError(errno.ECONNRESET, "closed")
+        return
+    s.sendall(f"GET /echo HTTP/1.1\\r\\nHost: {host}\\r\\n\\r\\n".encode())
+    answer = b""
+    while b"}" not in answer:
+        got = s.recv(65536)
+        if not got: raise ConnectionResetError(errno.ECONNRESET, "closed")
+        answer += got
+
 while not os.path.exists("stop"):
-    for key, s in list(held.items()):
+    for target, s in list(held.items()):
+        began = time.monotonic()
         try:
-            s.sendall(b"ping\\n")
-            if not s.recv(64): raise OSError("closed")
+            ask(target, s)
         except OSError as error:
-            broken[key] = str(error); del held[key]
-            print("BROKEN", key[0], flush=True)
+            del held[target]
+            at_once = time.monotonic() - began < 1
+            print("BROKEN", target, "at once" if at_once else "hanging", flush=True)
     time.sleep(0.02)
-print("KEPT", *sorted(host for host, _ in held), flush=True)
+print("KEPT", *sorted(held), flush=True)
 """
 
 WEBSOCKET = """
@@ -167,24 +185,31 @@ async def test_a_large_download_survives_rule_changes_next_to_it(machine: Machin
 
 
 async def test_a_removed_rule_cuts_exactly_its_own_connections(machine: Machine) -> None:
-    """Of a name's, an address range's and an untouched connection, those whose rule goes break, the other lives."""
+    """Removing a TCP, a CIDR and an https rule breaks its own connection at once and leaves the others'."""
     rules = Rules(machine)
-    kept = {"dst": "db.example.com", "proto": "tcp", "port": "5432"}
-    named = {"dst": "git.example.org", "proto": "tcp", "port": "2222"}
-    direct = {"dst": "198.51.100.0/24", "proto": "tcp", "port": "6379"}
+    database = {"dst": "db.example.com", "proto": "tcp", "port": "5432"}
+    www = {"dst": "www.example.com"}
+    going = [
+        ("tcp:git.example.org:2222", {"dst": "git.example.org", "proto": "tcp", "port": "2222"}),
+        ("tcp:198.51.100.10:6379", {"dst": "198.51.100.0/24", "proto": "tcp", "port": "6379"}),
+        ("https:api.example.com:443", {"dst": "api.example.com"}),
+    ]
+    left = [rule for _, rule in going]
     rules.path.parent.mkdir(parents=True, exist_ok=True)
-    rules.path.write_text(json.dumps({"rules": [kept, named, direct]}))
-    targets = ["db.example.com:5432", "git.example.org:2222", "198.51.100.10:6379"]
-    async with running(machine, command=["/usr/bin/python3", "-c", HOLD, *targets]) as finish:
-        await rules.apply([kept, direct])
-        await asyncio.sleep(1)  # the contract's bound for a cut (6.1)
-        await rules.apply([kept])
-        await asyncio.sleep(1)
+    rules.path.write_text(json.dumps({"rules": [database, www, *left]}))
+    kept = ["https:www.example.com:443", "tcp:db.example.com:5432"]
+    command = ["/usr/bin/python3", "-c", HOLD, *kept, *(target for target, _ in going)]
+    async with running(machine, command=command) as finish:
+        while left:
+            left.pop(0)
+            await rules.apply([database, www, *left])
+            await asyncio.sleep(1)  # the contract's bound for a cut (6.1)
         done = await finish()
 
-    assert done.out.splitlines() == ["BROKEN git.example.org", "BROKEN 198.51.100.10", "KEPT db.example.com"], done.err[
-        -1500:
-    ]
+    assert done.out.splitlines() == [
+        *(f"BROKEN {target} at once" for target, _ in going),
+        "KEPT " + " ".join(kept),
+    ], done.err[-1500:]
 
 
 async def test_a_rules_file_nobody_can_read_changes_nothing(machine: Machine) -> None:
@@ -194,7 +219,7 @@ async def test_a_rules_file_nobody_can_read_changes_nothing(machine: Machine) ->
     rules.path.write_text('{"rules": []}')
     async with running(
         machine, "--allow", "tcp://db.example.com:5432",
-        command=["/usr/bin/python3", "-c", HOLD, "db.example.com:5432"],
+        command=["/usr/bin/python3", "-c", HOLD, "tcp:db.example.com:5432"],
     ) as finish:  # fmt: skip
         rules.path.write_text("rules: [")
         await machine.host.run(["sh", "-c", "kill -HUP $(cat /run/clawker/cp.pid)"])
@@ -206,4 +231,4 @@ async def test_a_rules_file_nobody_can_read_changes_nothing(machine: Machine) ->
     assert refused.code == 125
     assert "not readable" in refused.err
     assert allowed.code == 0, allowed.err
-    assert done.out.splitlines() == ["KEPT db.example.com"], done.err[-1500:]
+    assert done.out.splitlines() == ["KEPT tcp:db.example.com:5432"], done.err[-1500:]

@@ -59,6 +59,19 @@ async def test_no_technique_gets_a_byte_out(machine: Machine, options: list[str]
         assert {"malformed", "no_route", "protocol"} <= dropped
 
 
+async def test_a_frame_dropped_just_before_the_end_is_recorded(machine: Machine) -> None:
+    """A raw frame that is a command's last act is dropped by the ring and recorded with its agent."""
+    (machine.workdir / "techniques.py").write_bytes(TECHNIQUES.read_bytes())
+    await machine.world.reset()
+    done = await machine.python("import techniques; techniques.packet_socket_frame()", *AS_ROOT)
+    dropped = [flow for flow in done.flows if flow.get("hook") == "ring"]
+
+    assert done.code == 0, done.err
+    assert [(flow["reason"], flow["address"], flow["port"]) for flow in dropped] == [("no_route", "203.0.113.66", 5000)]
+    assert dropped[0]["agent"]
+    assert await machine.world.packets() == []
+
+
 def _expected(packet: dict[str, object]) -> bool:
     """The proxy's own connections to the allowed origin, and the gate's questions."""
     return packet.get("dst") in {"198.51.100.53", "198.51.100.10"} and packet.get("dport") in {53, 443}
