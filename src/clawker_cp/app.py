@@ -222,12 +222,18 @@ class ControlPlane:
         )
         self._enforcement.tell_withdrawn(self._gate.forget, self._reports.forget)
         self._lives = SandboxLives(self._engine, self._policy, self._enforcement, self._roster, self._reports.settle)
-        self._local = LocalServer(directories.state / SOCKET_NAME, self._lives, self._reports, life_request)
+        self._local = LocalServer(
+            directories.state / SOCKET_NAME,
+            self._lives,
+            self._reports,
+            partial(life_request, inbound=settings.firewall.inbound),
+        )
 
     async def run(self, stop: asyncio.Event, *, on_ready: Callable[[], None]) -> int:
         """
         Serve until `stop`, or until the last sandbox is gone if ephemeral. Returns the exit code.
         """
+        refuse_what_is_not_offered(self._settings)
         missing = [row for row in self._rows if row.required and not row.present]
         if missing:
             raise Unsupported(
@@ -378,7 +384,13 @@ class ControlPlane:
         """Keep this host's own addresses, as they are now, out of every rule's reach (R12)."""
         addresses = await self._engine.host_addresses()
         reserved = [ipaddress.ip_network(text) for text in (self._engine.subnet, *NEVER_ROUTED, *addresses)]
-        self._policy.use_topology(Topology(reserved=tuple(reserved), http3=self._settings.envoy.http3))
+        self._policy.use_topology(
+            Topology(
+                reserved=tuple(reserved),
+                http3=self._settings.envoy.http3,
+                tls_minimal=self._settings.firewall.tls_auto == "minimal",
+            )
+        )
         self._manager.set_reserved(reserved)
         self._gate.set_reserved(reserved)
         if self._settings.firewall.host_ring:
@@ -437,11 +449,36 @@ def gate_settings(settings: Settings, gateway: str) -> GateSettings:
     )
 
 
-def life_request(request: Mapping[str, Any]) -> LifeRequest:
+def refuse_what_is_not_offered(settings: Settings) -> None:
+    """
+    Raise `Unsupported` for settings that ask for something this version does not do.
+
+    A setting that is accepted and then ignored would be worse than an error.
+    """
+    asked = {
+        "engine: docker": settings.engine == "docker",
+        "stack: container": settings.stack == "container",
+        f"dns.coredns: {settings.dns.coredns}": bool(settings.dns.coredns),
+        "oauth.implementation: hydra": settings.oauth.implementation == "hydra",
+        f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),
+        f"telemetry.otlp_endpoint: {settings.telemetry.otlp_endpoint}": bool(settings.telemetry.otlp_endpoint),
+        "firewall.on_exposure: quarantine": settings.firewall.on_exposure == "quarantine",
+    }
+    for what, wanted in asked.items():
+        if wanted:
+            raise Unsupported(
+                f"{what} is not offered by this version",
+                feature=what.partition(":")[0],
+                hint="take it out of control-plane.yaml; docs/operations.md says what is in effect",
+            )
+
+
+def life_request(request: Mapping[str, Any], *, inbound: str = "host") -> LifeRequest:
     """
     A client's request as spec and rules; the rules stay with the record for an adopting start.
 
-    Raises `InvalidInput` naming what is missing or wrong.
+    Raises `InvalidInput` naming what is missing or wrong, and for a port to publish where
+    `firewall.inbound` is `none` (R33).
     """
     rules = request.get("rules", NO_RULES)
     if not isinstance(rules, str):
@@ -451,6 +488,8 @@ def life_request(request: Mapping[str, Any]) -> LifeRequest:
         spec = SandboxSpec.from_mapping({**request, "extra": {"rules": rules, "learn": learn}})
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInput(f"the request to run a sandbox is malformed: {error}") from error
+    if spec.publish and inbound == "none":
+        raise InvalidInput("--publish: firewall.inbound is none, no port is published", hint="set it to host")
     return LifeRequest(spec, rules, learn)
 
 
