@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from clawker_cp.telemetry.flows import printable
+
 # The proxy's record says who was really reached; the kernel's and the gate's "yes" before it only
 # repeat it. Address rules, learning and bypass have no proxy: there the kernel's is the only one.
 _KERNEL_ALLOWED_SHOWN = frozenset({"address_rule", "bypass", "learn"})
@@ -46,7 +48,7 @@ def destination(flow: dict[str, Any]) -> str:
     port = flow.get("port", 0)
     proto = flow.get("proto") or "other"
     if proto == "dns":
-        return f"{host} ({flow.get('query_type', 'A')})"
+        return printable(f"{host} ({flow.get('query_type', 'A')})")
     if host != "?" and _is_ipv6(host):
         host = f"[{host}]"
     text = f"{proto}://{host}"
@@ -54,7 +56,7 @@ def destination(flow: dict[str, Any]) -> str:
         text += f":{port}"
     if flow.get("path"):
         text = f"{flow.get('method', 'GET')} {text}{flow['path']}"
-    return text
+    return printable(text)
 
 
 def _is_ipv6(text: str) -> bool:

@@ -309,9 +309,9 @@ def allow_command(
     if denied_by:
         return f"clawkerctl rules delete {denied_by}"
     parts: Iterable[str] = (
-        f"clawkerctl allow {host} --proto {proto} --port {port}",
+        f"clawkerctl allow {_shell(host)} --proto {proto} --port {port}",
         f" --path {_shell(path)}" if path else "",
-        f" --method {method}" if method else "",
+        f" --method {_shell(method)}" if method else "",
         f" --agent {agent} --for 20m",
     )
     return "".join(parts)

@@ -123,3 +123,10 @@ def decode(line: bytes) -> Flow:
     A record from its line; raises `msgspec.MsgspecError` for anything else.
     """
     return _DECODER.decode(line)
+
+
+def printable(text: str) -> str:
+    """
+    Text that an agent chose, safe on a terminal: whatever is not printable is shown by its escape.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from clawker_cp.telemetry.flows import DENIED, DNS, KERNEL, PROXY, Flow
+from clawker_cp.telemetry.flows import DENIED, DNS, KERNEL, PROXY, Flow, printable
 from clawker_cp.telemetry.learn import Destination, learned
 
 DIRECT_REASONS = frozenset({"address_rule", "bypass", "learn"})
@@ -97,4 +97,5 @@ def _text(target: Destination) -> str:
         return target.proto or "socket"
     host = f"[{target.host}]" if ":" in target.host else target.host
     method = f"{target.method} " if target.method else ""
-    return f"{method}{target.proto}://{host}" + (f":{target.port}" if target.port else "") + target.path
+    port = f":{target.port}" if target.port else ""
+    return printable(f"{method}{target.proto}://{host}{port}{target.path}")

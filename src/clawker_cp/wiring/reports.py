@@ -8,6 +8,7 @@ what it observes (I12).
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -246,4 +247,5 @@ def allow_option(target: Destination) -> str:
         text = shorthand_for(target.host, proto, target.port, target.path, target.method)
     except (ClawkerError, ValueError):
         return ""
-    return f"--allow '{text}'"
+    # Path and method are the agent's words, and this is text that people paste into a shell.
+    return f"--allow {shlex.quote(text)}"
