@@ -8,21 +8,31 @@ tokens, keys or certificates (I11).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class ClawkerError(Exception):
     """
     Root of every error this package raises on purpose.
 
     `code` is stable and upper case, for programs; `message` is one sentence for people;
-    `hint`, if there is one, says what to do next.
+    `hint`, if there is one, says what to do next; `details` are facts for programs, never secrets.
     """
 
     code = "INTERNAL"
 
-    def __init__(self, message: str, *, code: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        hint: str | None = None,
+        details: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details: Mapping[str, str] = details or {}
         if code is not None:
             self.code = code
 

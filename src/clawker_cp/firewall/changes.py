@@ -56,6 +56,13 @@ class Applied:
     problems: tuple[Problem, ...] = ()
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a change came, for a caller that could not wait for its end."""
+
+    saved: bool = False
+
+
 class EnvoyTarget(Protocol):
     """The proxy: `envoy.stack.EnvoyStack`."""
 
@@ -152,7 +159,10 @@ def refusal(problems: list[Problem]) -> ClawkerError:
 def stored_not_live(failure: BaseException) -> ClawkerError:
     code = "STACK_UNHEALTHY" if isinstance(failure, ClawkerError) and failure.code != "ROUTE_SYNC" else "ROUTE_SYNC"
     return Unavailable(
-        f"the change is accepted and stored but not in force yet: {failure}", code=code, hint="it is tried again"
+        f"the change is accepted and stored but not in force yet: {failure}",
+        code=code,
+        hint="it is tried again",
+        details={"saved": "true"},
     )
 
 

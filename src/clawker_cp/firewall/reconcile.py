@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from clawker_cp.firewall.changes import (
     Change,
     EnvoyTarget,
     KernelTarget,
+    Progress,
     Wanted,
     agents_touched,
     log_rules,
@@ -124,6 +125,16 @@ class Reconciler:
         return self._wanted.rules
 
     @property
+    def topology(self) -> Topology:
+        """What is known of this host; see `use_topology`."""
+        return self._topology
+
+    @property
+    def readable(self) -> bool:
+        """Whether the rules files could be read when they were last looked at."""
+        return not self._unreadable
+
+    @property
     def healthy(self) -> bool:
         """Whether everything accepted is in force, and the rules files are readable."""
         return not self._behind and not self._unreadable
@@ -168,6 +179,8 @@ class Reconciler:
         """
         Compile what is stored, start the proxy with it, write the maps, open the gate.
 
+        Also after the stack was taken down; then called from inside `perform`.
+
         A rules file that cannot be read closes everything (R21); single bad rules are left out
         or widened (7.9). Raises what Envoy or the kernel raise: nothing is opened then.
         """
@@ -186,8 +199,9 @@ class Reconciler:
         await self._write_kernel(compiled.plan)
         self._names.publish(tables)
         self._compiled = compiled
-        self.version = 1
-        log.info("policy_applied", version=1, rules=len(self.rules), policies=len(compiled.plan.policies))
+        self._behind = False
+        self.version += 1
+        log.info("policy_applied", version=self.version, rules=len(self.rules), policies=len(compiled.plan.policies))
 
     async def run(self) -> None:
         """Work on changes until `close`; expiry, idle names and retries happen in between."""
@@ -223,16 +237,65 @@ class Reconciler:
         applied: Applied = await self._queue.submit(work, batch="reload")
         return applied
 
-    async def change_stored(self, change: Callable[[Sequence[Rule]], Sequence[Rule]]) -> Applied:
+    async def perform(self, act: Callable[[], Awaitable[Any]]) -> Any:
+        """Do something else that has its place among the changes: enrolling, releasing, taking the stack down."""
+
+        async def work(_: Sequence[Any]) -> Sequence[Any]:
+            return [await act()]
+
+        return await self._queue.submit(work)
+
+    async def judge_stored(self, change: Callable[[Sequence[Rule]], Sequence[Rule]]) -> list[Problem]:
+        """
+        Say what would be wrong with a change of the stored rules; nothing is written or applied.
+
+        A problem's index is the position in what `change` returned.
+        """
+
+        async def work(_: Sequence[Any]) -> Sequence[list[Problem]]:
+            stored = await asyncio.to_thread(self._store.read)
+            if stored.unreadable:
+                raise store_failure(f"the rules are not readable ({stored.unreadable}): repair them and reload")
+            rules = tuple(change(stored.rules))
+            problems = list(validate(rules).problems)
+            if not problems:
+                # Their order is that of what is compiled first, so that an index means the same there.
+                wanted = Wanted(rules, agents=self._wanted.agents, ephemeral=self._wanted.ephemeral)
+                found = await asyncio.to_thread(self._compile, wanted, wanted.rules)
+                problems = found if isinstance(found, list) else []
+            return [problems]
+
+        problems: list[Problem] = await self._queue.submit(work)
+        return problems
+
+    async def start_over(self) -> Applied:
+        """
+        Repair rules files that cannot be read: each is kept under another name, none of its rules holds.
+
+        Readable files stay as they are. Raises `ClawkerError` with `RULE_STORE_WRITE`.
+        """
+
+        async def work(_: Sequence[Any]) -> Sequence[Applied]:
+            await asyncio.to_thread(self._store.reset)
+            stored = await asyncio.to_thread(self._store.read)
+            return [await self._apply(self._with_stored(self._wanted, stored), force=True)]
+
+        applied: Applied = await self._queue.submit(work)
+        return applied
+
+    async def change_stored(
+        self, change: Callable[[Sequence[Rule]], Sequence[Rule]], progress: Progress | None = None
+    ) -> Applied:
         """
         Change the stored rules: `change` maps the present ones to the new ones (see `merge.py`).
 
+        `progress.saved` turns true once the change is on disk, for callers that stop waiting.
         All or nothing. Raises `RuleInvalid`, `CapacityExceeded`, or `ClawkerError` with
         `RULE_STORE_WRITE` (nothing changed) or `STACK_UNHEALTHY`.
         """
 
         async def work(_: Sequence[Any]) -> Sequence[Applied]:
-            return [await self._change_stored(change)]
+            return [await self._change_stored(change, progress)]
 
         applied: Applied = await self._queue.submit(work)
         return applied
@@ -307,7 +370,9 @@ class Reconciler:
             close_wildcards=stored.close_wildcards,
         )
 
-    async def _change_stored(self, change: Callable[[Sequence[Rule]], Sequence[Rule]]) -> Applied:
+    async def _change_stored(
+        self, change: Callable[[Sequence[Rule]], Sequence[Rule]], progress: Progress | None = None
+    ) -> Applied:
         stack = contextlib.ExitStack()
         await asyncio.to_thread(stack.enter_context, self._store.lock())
         try:
@@ -321,7 +386,7 @@ class Reconciler:
             if validation.problems:
                 raise RuleInvalid(validation.problems)
             wanted = replace(self._with_stored(self._wanted, stored), stored=rules)
-            return await self._apply(wanted, write=rules)
+            return await self._apply(wanted, write=rules, progress=progress)
         finally:
             await asyncio.to_thread(stack.close)
 
@@ -378,7 +443,14 @@ class Reconciler:
     def _compile_what_holds(self) -> tuple[Compiled, tuple[Problem, ...]]:
         return drop_until_it_compiles(self._wanted.rules, lambda rules: self._compile(self._wanted, rules))
 
-    async def _apply(self, wanted: Wanted, *, write: tuple[Rule, ...] | None = None, force: bool = False) -> Applied:
+    async def _apply(
+        self,
+        wanted: Wanted,
+        *,
+        write: tuple[Rule, ...] | None = None,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> Applied:
         """
         Compile and apply; on success `wanted` is what holds.
 
@@ -410,6 +482,8 @@ class Reconciler:
         else:
             await self._persist(write, None)
         # From here on the change is accepted: what fails is tried again, nothing is taken back.
+        if progress is not None:
+            progress.saved = True
         previous = self._wanted
         self._accept(wanted, found)
         if not same:
