@@ -27,6 +27,8 @@ from clawker_cp.telemetry.connections import Connections
 
 log = structlog.get_logger()
 
+CONTROL_PORTS = (53, 4444, 7080, 7444)  # of the control plane, as agents see it (contract 1.3)
+
 
 class HostEnforcement:
     """
@@ -42,6 +44,7 @@ class HostEnforcement:
         *,
         plan: Callable[[], Plan],
         host_ring: bool,
+        host_proxy_port: int = 0,
     ) -> None:
         self._manager = manager
         self._engine = engine
@@ -49,6 +52,7 @@ class HostEnforcement:
         self._connections = connections
         self._plan = plan
         self._host_ring = host_ring
+        self._host_proxy_port = host_proxy_port
         self._forget: tuple[Callable[[int], None], ...] = ()
 
     def tell_withdrawn(self, *forget: Callable[[int], None]) -> None:
@@ -68,6 +72,8 @@ class HostEnforcement:
             dns_addr=gateway,
             cp_addr=gateway,
             host_addr=gateway,
+            host_proxy_addr=gateway if self._host_proxy_port else "",
+            host_proxy_port=self._host_proxy_port,
             learn=agent.learn,
             quarantined=agent.quarantined,
             bypass_until_ns=agent.bypass_until_ns,
@@ -84,6 +90,83 @@ class HostEnforcement:
         for forget in self._forget:
             forget(agent.cgroup_id)
         self._connections.forget(agent.address)
+
+    async def open_until(self, agent: EnrolledAgent, until_ns: int, seconds: float) -> None:
+        """
+        Let an agent pass until a moment of the kernel's clock; ring, gate and kernel each end it by themselves.
+        """
+        if self._host_ring and not agent.learn:
+            await self._engine.ring.admit_all(agent.address, seconds)
+        self._roster.update(agent.id, bypass_until_ns=until_ns)
+        self._manager.bypass(agent.cgroup_id, until_ns)
+
+    async def end_bypass(self, agent: EnrolledAgent) -> int:
+        """
+        Judge an agent by its policy again, now; returns how many of its connections that cut.
+        """
+        self._manager.bypass(agent.cgroup_id, 0)
+        self._roster.update(agent.id, bypass_until_ns=0)
+        if self._host_ring and not agent.learn:
+            await self._engine.ring.end_all(agent.address)
+        return await self.cut_unruled(agent)
+
+    async def cut_unruled(self, agent: EnrolledAgent) -> int:
+        """
+        Destroy direct connections that the policy in force does not pass, as after a bypass.
+        """
+        if agent.learn:
+            return 0
+        plan, gateway = self._plan(), self._engine.gateway
+
+        def unruled(info: SocketInfo) -> bool:
+            if info.destination == gateway or info.destination.startswith("127.") or ":" in info.destination:
+                return False
+            return not passes(plan, agent.policy, info.protocol, info.destination, info.destination_port)
+
+        return await self._cut(agent, unruled, "bypass")
+
+    async def isolate(self, agent: EnrolledAgent) -> int:
+        """
+        Leave an agent nothing but the control plane; returns how many of its connections that cut.
+        """
+        self._roster.update(agent.id, quarantined=True, bypass_until_ns=0)
+        self._manager.quarantine(agent.cgroup_id, on=True)
+        self._manager.bypass(agent.cgroup_id, 0)
+        if self._host_ring:
+            await self._engine.ring.end_all(agent.address)
+            await self._engine.ring.admit(agent.address, [])
+        gateway = self._engine.gateway
+
+        def outside(info: SocketInfo) -> bool:
+            if info.destination.startswith("127."):
+                return False
+            return (info.destination, info.destination_port) not in {(gateway, port) for port in CONTROL_PORTS}
+
+        return await self._cut(agent, outside, "quarantine")
+
+    async def restore(self, agent: EnrolledAgent) -> None:
+        """
+        Give a quarantined agent its policy back.
+        """
+        free = self._roster.update(agent.id, quarantined=False) or agent
+        await self._admit(free, self._plan())
+        self._manager.quarantine(agent.cgroup_id, on=False)
+
+    def enrolled(self, agent: EnrolledAgent) -> bool:
+        """
+        Whether the kernel has an agent's row, asked now.
+        """
+        return agent.cgroup_id in self._manager.agents()
+
+    async def _cut(self, agent: EnrolledAgent, match: Callable[[SocketInfo], bool], cause: str) -> int:
+        try:
+            count = await self._engine.cut(agent.id, match)
+        except (ClawkerError, OSError) as error:
+            log.warning("connections_not_cut", id=agent.id[:12], cause=str(error))
+            return 0
+        if count:
+            log.info("connections_cut", count=count, cause=cause, id=agent.id[:12])
+        return count
 
     async def set_policies(self, policies: Mapping[str, int], /) -> None:
         """
@@ -146,7 +229,7 @@ class HostEnforcement:
         return doomed
 
     async def _admit(self, agent: EnrolledAgent, plan: Plan) -> None:
-        if not self._host_ring:
+        if not self._host_ring or agent.quarantined:
             return
         if agent.learn:
             await self._engine.ring.admit_all(agent.address, None)
