@@ -15,6 +15,8 @@ if TYPE_CHECKING or os.environ.get("CLAWKER_CP_NO_EXTENSIONS") == "1":
     from clawker_cp._pure.dnswire import Query, build_reply, parse_query
     from clawker_cp._pure.events import decode_events as _decode
     from clawker_cp._pure.names import NameMatcher
+    from clawker_cp._pure.scopes import has_scope, scope_words
+    from clawker_cp._pure.tokencache import TokenCache
 
     IMPLEMENTATION = "pure"
 else:
@@ -22,6 +24,8 @@ else:
         from clawker_cp._fast.dnswire import Query, build_reply, parse_query
         from clawker_cp._fast.events import decode_events as _decode
         from clawker_cp._fast.names import NameMatcher
+        from clawker_cp._fast.scopes import has_scope, scope_words
+        from clawker_cp._fast.tokencache import TokenCache
     except ImportError as error:
         raise ImportError(
             "the compiled modules of clawker_cp are missing or broken: build them with `pip install -e .`, "
@@ -55,6 +59,14 @@ class KernelEvent(NamedTuple):
     flags: int
 
 
+class Granted(NamedTuple):
+    """An active token as the cache keeps it: whose, for what, until when (Unix seconds)."""
+
+    client_id: str
+    scope: str
+    exp: int
+
+
 _as_event = partial(tuple.__new__, KernelEvent)
 
 
@@ -77,11 +89,15 @@ def libbpf_version() -> str:
 
 __all__ = [
     "IMPLEMENTATION",
+    "Granted",
     "KernelEvent",
     "NameMatcher",
     "Query",
+    "TokenCache",
     "build_reply",
     "decode_events",
+    "has_scope",
     "libbpf_version",
     "parse_query",
+    "scope_words",
 ]

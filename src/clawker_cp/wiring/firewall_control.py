@@ -1,0 +1,280 @@
+"""
+The firewall as AdminService commands it: up, down, rules, certificates, status (contract 6.1).
+
+Up means: programs attached, Envoy running, the compiled policy in force. Down is possible only while
+nothing of an agent lives; rules can be changed all the same and hold from the next start of the stack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import structlog
+
+from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput
+from clawker_cp.firewall.changes import Applied, Progress
+from clawker_cp.firewall.merge import AddStatus, RemoveStatus
+from clawker_cp.firewall.rulebook import RuleBook, too_slow
+from clawker_cp.firewall.rules import Rule
+from clawker_cp.rpc.admin import FirewallAddresses, FirewallState
+from clawker_cp.runtime.health import Probes
+
+log = structlog.get_logger()
+
+NAMES_SHOWN = 10
+RESOLVE_LIMIT_S = 5.0
+
+
+class Policy(Protocol):
+    """The reconciler."""
+
+    async def perform(self, act: Callable[[], Awaitable[Any]]) -> Any: ...
+    async def start(self) -> None: ...
+    async def reconcile(self) -> Applied: ...
+    async def reload(self) -> Applied: ...
+    def statistics(self) -> dict[str, int]: ...
+
+
+class Kernel(Protocol):
+    """`ebpf.Manager`, as a whole."""
+
+    def flush(self) -> None: ...
+
+
+class Proxy(Protocol):
+    """`EnvoyStack`, as a process."""
+
+    @property
+    def running(self) -> bool: ...
+    async def stop(self) -> None: ...
+    async def supervise(self) -> None: ...
+    async def is_healthy(self) -> bool: ...
+
+
+class Authority(Protocol):
+    """`InspectionAuthority`; called in a thread."""
+
+    def open(self) -> None: ...
+    def rotate(self) -> None: ...
+
+
+class AgentVerbs(Protocol):
+    """`AgentControl`."""
+
+    async def enable(self, container_id: str) -> None: ...
+    async def disable(self, container_id: str) -> None: ...
+    async def bypass(self, container_id: str, seconds: int) -> None: ...
+
+
+class FirewallControl:
+    """
+    Fulfils `rpc.admin.FirewallHandler`. `load` attaches the programs and tells them what is reserved;
+    `running` names the agents that live; `gate_answers` is a probe; `publish_ca` gives agents the CA.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        kernel: Kernel,
+        proxy: Proxy,
+        authority: Authority,
+        rules: RuleBook,
+        agents: AgentVerbs,
+        *,
+        load: Callable[[], Awaitable[None]],
+        running: Callable[[], Sequence[str]],
+        gate_answers: Callable[[], Awaitable[bool]],
+        publish_ca: Callable[[], None],
+        addresses: FirewallAddresses,
+    ) -> None:
+        self._policy = policy
+        self._kernel = kernel
+        self._proxy = proxy
+        self._authority = authority
+        self._rules = rules
+        self._agents = agents
+        self._load = load
+        self._running = running
+        self._gate_answers = gate_answers
+        self._publish_ca = publish_ca
+        self._addresses = addresses
+        self._up = asyncio.Event()
+        self._proxy_probe = Probes([("envoy", proxy.is_healthy)])
+        self._gate_probe = Probes([("dns", gate_answers)])
+
+    @property
+    def up(self) -> bool:
+        """Whether the firewall is on: agents can be started and are enforced."""
+        return self._up.is_set()
+
+    def require_up(self) -> None:
+        """
+        Raise `Conflict` (`FIREWALL_NOT_INITIALIZED`) while the firewall is off.
+        """
+        if not self.up:
+            raise Conflict(
+                "the firewall is off", code="FIREWALL_NOT_INITIALIZED", hint="`clawkerctl firewall up` turns it on"
+            )
+
+    async def bring_up(self) -> None:
+        """
+        Attach, compile, start the proxy, write the maps. Only from the start, or inside the queue.
+        """
+        await self._load()
+        await self._policy.start()
+        self._up.set()
+        log.info("firewall_up", rules=self._policy.statistics()["rules"])
+
+    async def supervise_proxy(self) -> None:
+        """
+        Keep Envoy running while the firewall is on, until cancelled.
+        """
+        while True:
+            await self._up.wait()
+            await self._proxy.supervise()
+            if self._up.is_set():
+                return
+
+    # -- AdminService ------------------------------------------------------------------------
+
+    async def init(self, *, limit_s: float) -> FirewallAddresses:
+        async def act() -> None:
+            if not self.up:
+                await self.bring_up()
+
+        await self._within(limit_s, self._policy.perform(act))
+        return self._addresses
+
+    async def remove(self, *, limit_s: float) -> None:
+        await self._within(limit_s, self._policy.perform(self._take_down))
+
+    async def enable(self, container_id: str) -> None:
+        self.require_up()
+        await self._agents.enable(container_id)
+
+    async def disable(self, container_id: str) -> None:
+        await self._agents.disable(container_id)
+
+    async def bypass(self, container_id: str, seconds: int) -> None:
+        self.require_up()
+        await self._agents.bypass(container_id, seconds)
+
+    async def add_rules(self, rules: Sequence[Rule], *, limit_s: float) -> tuple[list[AddStatus], bool]:
+        before = self._rules.version
+        outcomes, applied = await self._rules.put(rules, source="admin", limit_s=limit_s)
+        statuses = [outcome.status or AddStatus.UNCHANGED for outcome in outcomes]
+        return statuses, applied.live and applied.version != before
+
+    async def remove_rule(
+        self, dst: str, proto: str, port: str, path: str, *, everything: bool, limit_s: float
+    ) -> tuple[RemoveStatus, bool]:
+        if everything:
+            status, applied = await self._rules.remove_all(limit_s=limit_s)
+        else:
+            status, applied = await self._rules.remove(dst, proto, port, path, limit_s=limit_s)
+        return status, applied is not None and applied.live
+
+    def list_rules(self) -> list[Rule]:
+        return self._rules.stored()
+
+    async def reload(self, *, limit_s: float) -> bool:
+        await asyncio.to_thread(self._authority.open)
+        applied: Applied = await self._within(limit_s, self._policy.reload())
+        return applied.live
+
+    async def status(self) -> FirewallState:
+        proxy = self.up and not await self._proxy_probe.failed()
+        gate = self.up and not await self._gate_probe.failed()
+        return FirewallState(
+            running=self.up and self._proxy.running and gate,
+            proxy_healthy=proxy,
+            dns_healthy=gate,
+            rules=len(self._rules.stored()),
+            addresses=self._addresses,
+        )
+
+    async def rotate_ca(self, *, limit_s: float) -> bool:
+        async def act() -> None:
+            await asyncio.to_thread(self._authority.rotate)
+            await asyncio.to_thread(self._publish_ca)
+
+        await self._within(limit_s, self._policy.perform(act))
+        applied: Applied = await self._within(limit_s, self._policy.reconcile())
+        return applied.live
+
+    async def sync_routes(self, *, limit_s: float) -> int:
+        self.require_up()
+        await self._within(limit_s, self._policy.reconcile())
+        return self._policy.statistics()["routes"]
+
+    async def resolve_hostname(self, hostname: str) -> list[str]:
+        name = hostname.strip().rstrip(".")
+        if not name or len(name) > 253 or not name.isprintable() or " " in name:
+            raise InvalidInput(f"hostname: {hostname[:64]!r} is not a name")
+        log.info("hostname_resolved", hostname=name)
+        try:
+            async with asyncio.timeout(RESOLVE_LIMIT_S):
+                found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise ClawkerError(f"{name} was not resolved: {error}", code="RESOLVE_FAILED") from error
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{name} was not resolved within {RESOLVE_LIMIT_S:.0f} s") from error
+        return sorted({str(item[4][0]) for item in found}, key=_order)
+
+    # -- inner -------------------------------------------------------------------------------
+
+    async def _take_down(self) -> None:
+        names = list(self._running())
+        if names:
+            shown = ", ".join(sorted(names)[:NAMES_SHOWN])
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            raise Conflict(
+                f"{len(names)} agents are running: {shown}{more}",
+                code="AGENTS_RUNNING",
+                hint="stop them first; for one agent and a limited time use `firewall bypass`",
+            )
+        if not self.up:
+            return
+        self._up.clear()
+        try:
+            await self._proxy.stop()
+            await asyncio.to_thread(self._kernel.flush)
+        except (ClawkerError, OSError) as error:
+            log.error("firewall_down_incomplete", cause=str(error))
+            raise
+        log.warning("firewall_down")
+
+    async def _within(self, limit_s: float, work: Awaitable[Any]) -> Any:
+        try:
+            async with asyncio.timeout(limit_s):
+                return await work
+        except TimeoutError as error:
+            raise too_slow(Progress(saved=True), limit_s) from error
+
+
+def _order(address: str) -> tuple[int, int]:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    return parsed.version, int(parsed)
+
+
+async def gate_answers(address: str, *, limit_s: float = 1.0) -> bool:
+    """
+    Whether a DNS server at an address says anything at all to a question of this host (it refuses us).
+    """
+    loop = asyncio.get_running_loop()
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        # Id 1, one question: "." NS; a stranger gets REFUSED, which is an answer.
+        query = b"\x00\x01\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x01"
+        async with asyncio.timeout(limit_s):
+            await loop.sock_connect(sock, (address, 53))
+            await loop.sock_sendall(sock, query)
+            return (await loop.sock_recv(sock, 512))[:2] == query[:2]
+    except (OSError, TimeoutError):
+        return False
+    finally:
+        sock.close()

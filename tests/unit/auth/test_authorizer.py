@@ -1,0 +1,216 @@
+"""Who may pass, decided from the cache where possible, and denied on every surprise."""
+
+from __future__ import annotations
+
+import asyncio
+import tracemalloc
+
+import pytest
+
+from clawker_cp.auth import authorizer as module
+from clawker_cp.auth.authorizer import BOUND, FAILED, INACTIVE, Authorizer, Pending, Refusal
+from clawker_cp.auth.introspect import IntrospectionResult
+
+CERTIFICATE, OTHER = b"\x01" * 32, b"\x02" * 32
+GOOD = IntrospectionResult(True, "admin other", "clawker-cli", "s", 1000)
+
+
+class Authority:
+    """Answers from a table; can be held back, and counts."""
+
+    def __init__(self, **answers: IntrospectionResult | BaseException) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        self.together = self.most = 0
+
+    async def introspect(self, token: str, required_scope: str) -> IntrospectionResult:
+        self.asked.append(token)
+        self.together += 1
+        self.most = max(self.most, self.together)
+        try:
+            await self.go.wait()
+        finally:
+            self.together -= 1
+        answer = self.answers.get(token, IntrospectionResult(active=False))
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+class Clock:
+    wall = 0.0
+    monotonic = 0.0
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def made(authority: Authority, clock: Clock, client_id: str = "") -> Authorizer:
+    return Authorizer(authority, client_id=client_id, wall=lambda: clock.wall, monotonic=lambda: clock.monotonic)
+
+
+async def judge(one: Authorizer, token: str, certificate: bytes = CERTIFICATE, scope: str = "admin") -> Refusal | None:
+    decided = one.decide(token, certificate, scope)
+    return await one.ask(decided, token, certificate, scope) if isinstance(decided, Pending) else decided
+
+
+async def test_a_good_token_is_asked_once_in_ten_seconds(clock: Clock) -> None:
+    """Then it passes without a question, and is asked again when the entry ends."""
+    authority = Authority(good=GOOD)
+    one = made(authority, clock)
+    for _ in range(3):
+        assert await judge(one, "good") is None
+    assert one.decide("good", CERTIFICATE, "other") is None
+    clock.monotonic = clock.wall = 10.0
+    assert await judge(one, "good") is None
+    assert authority.asked == ["good", "good"]
+
+
+async def test_scope_and_client_are_judged_at_every_call(clock: Clock) -> None:
+    """One answer serves every method, and a token of another client does not pass a pin."""
+    one = made(Authority(good=GOOD), clock)
+    assert await judge(one, "good") is None
+    refusal = await judge(one, "good", scope="agent:self:register")
+    assert refusal is not None and refusal.authenticated
+    assert refusal.message == 'token missing required scope "agent:self:register"'
+    pinned = made(Authority(good=GOOD), clock, "clawker-agent")
+    refusal = await judge(pinned, "good")
+    assert refusal is not None and refusal.message == 'token missing required scope "admin"'
+
+
+async def test_an_inactive_token_is_not_asked_about_for_a_second(clock: Clock) -> None:
+    """Also one whose own time is over."""
+    late = IntrospectionResult(True, "admin", "c", "", 0)
+    authority = Authority(late=late)
+    one = made(authority, clock)
+    for token in ("bad", "late"):
+        assert await judge(one, token) is INACTIVE and await judge(one, token) is INACTIVE
+    assert authority.asked == ["bad", "late"]
+    clock.monotonic = 1.0
+    assert await judge(one, "bad") is INACTIVE and authority.asked[-1] == "bad"
+
+
+@pytest.mark.parametrize("surprise", [RuntimeError("x"), TimeoutError(), ValueError("y"), KeyError("z")])
+async def test_every_surprise_is_a_denial_that_is_not_kept(clock: Clock, surprise: Exception) -> None:
+    """Whatever the introspector raises, the call is denied and the next one asks again."""
+    authority = Authority(odd=surprise)
+    one = made(authority, clock)
+    assert await judge(one, "odd") is FAILED
+    authority.answers["odd"] = GOOD
+    assert await judge(one, "odd") is None
+    assert one.statistics()["errors"] == 1
+
+
+async def test_concurrent_calls_share_one_question(clock: Clock) -> None:
+    """A hundred callers, one introspection; its failure is everybody's."""
+    authority = Authority(good=GOOD)
+    authority.go.clear()
+    one = made(authority, clock)
+    async with asyncio.TaskGroup() as group:
+        calls = [group.create_task(judge(one, "good")) for _ in range(100)]
+        while not authority.asked:
+            await asyncio.sleep(0)
+        authority.go.set()
+    assert [call.result() for call in calls] == [None] * 100 and authority.asked == ["good"]
+
+
+async def test_a_caller_that_leaves_does_not_take_the_answer_along(clock: Clock) -> None:
+    """Cancelling the first caller leaves the second with its answer, from one question."""
+    authority = Authority(good=GOOD)
+    authority.go.clear()
+    one = made(authority, clock)
+    async with asyncio.TaskGroup() as group:
+        first, second = (group.create_task(judge(one, "good")) for _ in range(2))
+        while not authority.asked:
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        authority.go.set()
+    assert first.cancelled() and second.result() is None and authority.asked == ["good"]
+
+
+async def test_a_token_belongs_to_the_certificate_that_came_first(clock: Clock) -> None:
+    """Another certificate is refused without asking, also after the entry has gone."""
+    authority = Authority(good=GOOD)
+    one = made(authority, clock)
+    assert await judge(one, "good") is None
+    assert await judge(one, "good", OTHER) is BOUND
+    clock.monotonic = 60.0
+    assert await judge(one, "good", OTHER) is BOUND
+    assert authority.asked == ["good"]
+
+
+async def test_a_revoked_token_is_not_kept_by_an_answer_on_its_way(clock: Clock) -> None:
+    """The flight begun before the revocation denies and stores nothing."""
+    authority = Authority(good=GOOD)
+    authority.go.clear()
+    one = made(authority, clock)
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(judge(one, "good"))
+        while not authority.asked:
+            await asyncio.sleep(0)
+        one.revoke(token="good")
+        authority.go.set()
+    assert call.result() is INACTIVE
+    assert isinstance(one.decide("good", CERTIFICATE, "admin"), Pending)
+
+
+async def test_revoking_by_token_client_and_all(clock: Clock) -> None:
+    """Each drops what it names, and the next call asks again."""
+    one = made(Authority(good=GOOD), clock)
+    for selector in ({"token": "good"}, {"client_id": "clawker-cli"}, {"everything": True}):
+        assert await judge(one, "good") is None
+        assert one.revoke(**selector) == 1  # type: ignore[arg-type]
+        assert isinstance(one.decide("good", CERTIFICATE, "admin"), Pending)
+
+
+async def test_no_more_than_64_questions_at_once(clock: Clock) -> None:
+    """The rest wait for their turn."""
+    authority = Authority()
+    authority.go.clear()
+    one = made(authority, clock)
+    async with asyncio.TaskGroup() as group:
+        calls = [group.create_task(judge(one, f"t{number}")) for number in range(200)]
+        while len(authority.asked) < module.QUESTIONS_AT_ONCE:
+            await asyncio.sleep(0)
+        authority.go.set()
+    assert authority.most == module.QUESTIONS_AT_ONCE and {call.result() for call in calls} == {INACTIVE}
+
+
+async def test_ten_thousand_bad_tokens_leave_no_memory_behind(clock: Clock) -> None:
+    """After the first thousands more of them cost nothing that stays."""
+    one = made(Authority(), clock)
+    one._introspector.asked = _Forget()  # type: ignore[attr-defined]
+    for number in range(3000):
+        await judge(one, f"token-{number}")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(3000, 13_000):
+            await judge(one, f"token-{number}")
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 400_000 and one.statistics()["negative"] == 1024 and one.statistics()["asking"] == 0
+
+
+class _Forget(list[str]):
+    def append(self, item: str, /) -> None:
+        return
+
+
+async def test_closing_refuses_who_still_waits(clock: Clock) -> None:
+    """A question that never ends does not outlive the listener."""
+    authority = Authority()
+    authority.go.clear()
+    one = made(authority, clock)
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(judge(one, "good"))
+        while not authority.asked:
+            await asyncio.sleep(0)
+        await one.aclose()
+    assert call.result() is FAILED
