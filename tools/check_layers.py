@@ -51,7 +51,7 @@ LARGER = {
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 # Modules that a test by another name holds, or that only declare or start something.
-NO_MIRROR = {"__init__", "__main__", "main", "ports", "demo", "abi"}
+NO_MIRROR = {"__init__", "__main__", "main", "ports", "demo", "abi", "profiles"}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -29,9 +29,9 @@ from clawker_cp.firewall.allocations import (
     ListenerKey,
 )
 from clawker_cp.firewall.documents import parse_yaml
-from clawker_cp.firewall.durable import write_durably
 from clawker_cp.firewall.plan import IDENTITY_FIRST
 from clawker_cp.firewall.ports import MAX_PORT
+from clawker_cp.runtime.durable import write_durably
 
 IDENTITIES_FILE = "route-identities.yaml"
 ALLOCATIONS_FILE = "allocations.yaml"

@@ -26,8 +26,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from clawker_cp.errors import CapacityExceeded, ClawkerError, Unavailable
-from clawker_cp.firewall.durable import write_durably
 from clawker_cp.firewall.plan import Plan, Policy
+from clawker_cp.runtime.durable import write_durably
 
 CA_NAME = "Clawker Firewall CA"
 LEAF_NAME = "clawker egress"

@@ -19,10 +19,10 @@ import structlog
 
 from clawker_cp.errors import ClawkerError, DeadlineExceeded, InvalidInput
 from clawker_cp.firewall.documents import MAX_DOCUMENT_BYTES, emit_rules
-from clawker_cp.firewall.durable import locked, sync_directory, write_durably
 from clawker_cp.firewall.rule_file import RuleFile
 from clawker_cp.firewall.rules import GLOBAL, Problem, Rule
 from clawker_cp.firewall.salvage import Salvaged, salvage
+from clawker_cp.runtime.durable import locked, sync_directory, write_durably
 
 GLOBAL_FILE = "egress-rules.yaml"
 SCOPED_FILE = "scoped-rules.yaml"

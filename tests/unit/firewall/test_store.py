@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.errors import ClawkerError
-from clawker_cp.firewall.durable import locked
 from clawker_cp.firewall.store import GLOBAL_FILE, SCOPED_FILE, RuleStore
+from clawker_cp.runtime.durable import locked
 from clawker_cp.testing.plan_world import rule
 
 

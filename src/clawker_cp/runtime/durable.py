@@ -1,12 +1,14 @@
 """
 Files that must survive a crash whole: written beside, synced, renamed (contract 1.8), and locks.
 
-Used by the rule store and the allocations. Synchronous: callers on the loop go through a thread.
+Used by the rule store, the allocations and the certificates. Synchronous: callers on the loop go through a
+thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import tempfile
@@ -50,6 +52,24 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # renameat2(2), Linux 3.15
+
+
+def exchange(first: Path, second: Path) -> None:
+    """
+    Swap two existing paths on one file system in one step: a reader sees all old or all new.
+
+    Raises `OSError`; then both are where they were.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if done != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(first), None, str(second))
+    sync_directory(first.parent)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.errors import DeadlineExceeded
-from clawker_cp.firewall.durable import locked, write_durably
+from clawker_cp.runtime.durable import exchange, locked, write_durably
 
 
 def test_a_file_is_replaced_with_its_mode(tmp_path: Path) -> None:
@@ -68,3 +68,15 @@ def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with locked(tmp_path / "lock", 0.0):
         pass
+
+
+def test_two_directories_change_places_in_one_step(tmp_path: Path) -> None:
+    """What was in one is in the other; a missing one leaves both as they were."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    exchange(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "old" / "file").read_text() == "new"
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "old", tmp_path / "missing")
+    assert (tmp_path / "old" / "file").read_text() == "new"

@@ -1,0 +1,107 @@
+"""
+A listener's certificate as bytes and as an SSL context, taken over when the files change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from clawker_cp.pki.certificates import load_identity
+from clawker_cp.pki.tree import CA, SERVER, AuthTree, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """One generation of a listener's files; `mark` changes with any of them."""
+
+    certificate_pem: bytes
+    key_pem: bytes = field(repr=False)
+    ca_pem: bytes = b""
+    mark: str = ""
+
+
+class ListenerMaterial:
+    """
+    The pair of `place` and the CA. `read` is cheap enough to be asked at every handshake.
+
+    A pair that is being replaced, or is broken, is not taken over: the last good one stays.
+    """
+
+    def __init__(self, tree: AuthTree, place: Place = SERVER) -> None:
+        self._certificate = tree.path(place.certificate)
+        self._key = tree.path(place.key)
+        self._ca = tree.path(CA.certificate)
+        self._stamp: tuple[tuple[int, int], ...] = ()
+        self._material: Material | None = None
+
+    def read(self) -> Material:
+        """
+        The present generation. Raises `OSError` or `ValueError` only if there never was a good one.
+        """
+        try:
+            stamp = tuple(_stamp(path) for path in (self._certificate, self._key, self._ca))
+            if self._material is None or stamp != self._stamp:
+                certificate, key, ca = (path.read_bytes() for path in (self._certificate, self._key, self._ca))
+                load_identity(certificate, key)
+                mark = hashlib.sha256(certificate + ca).hexdigest()
+                self._material = Material(certificate, key, ca, mark)
+                self._stamp = stamp
+        except (OSError, ValueError):
+            if self._material is None:
+                raise
+        return self._material
+
+    def server_context(self) -> ssl.SSLContext:
+        """
+        A context for an asyncio listener: TLS 1.3, HTTP/1.1, no client certificate asked for.
+        """
+        self.read()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_cert_chain(self._certificate, self._key)
+        return context
+
+    def refresh(self, context: ssl.SSLContext) -> bool:
+        """
+        Give a context the present pair if it changed; new handshakes use it, connections go on.
+        """
+        before = self._material
+        now = self.read()
+        if before is not None and now.mark == before.mark:
+            return False
+        context.load_cert_chain(self._certificate, self._key)
+        return True
+
+    def client_context(self) -> ssl.SSLContext:
+        """
+        A context that trusts the CA alone, for probes and for our own introspection.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_verify_locations(cadata=self.read().ca_pem.decode())
+        return context
+
+
+def has_common_name(certificate_pem: bytes, expected: str) -> bool:
+    """
+    Whether a certificate is for `expected`, compared in constant time; False for what is no certificate.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+    except ValueError:
+        return False
+    found = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return len(found) == 1 and hmac.compare_digest(str(found[0].value).encode(), expected.encode())
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
