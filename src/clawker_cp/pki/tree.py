@@ -23,9 +23,9 @@ from cryptography import x509
 from clawker_cp.errors import ClawkerError, InvalidInput
 from clawker_cp.pki import profiles
 from clawker_cp.pki.certificates import Identity, is_due, key_pem, load_identity, mint, new_key, problems
-from clawker_cp.pki.jwk import public_jwk, read_jwks
 from clawker_cp.pki.profiles import Profile
 from clawker_cp.runtime.durable import exchange, sync_directory, write_durably
+from clawker_cp.runtime.jwk import public_jwk, read_jwks
 
 log = structlog.get_logger()
 

@@ -18,7 +18,6 @@ import pytest
 from clawker_cp.errors import ClawkerError
 from clawker_cp.pki import profiles
 from clawker_cp.pki.certificates import load_identity, mint
-from clawker_cp.pki.jwk import read_jwks
 from clawker_cp.pki.tree import (
     AGENTS_CA,
     CA,
@@ -31,6 +30,7 @@ from clawker_cp.pki.tree import (
     find_tree,
     paths,
 )
+from clawker_cp.runtime.jwk import read_jwks
 
 NOW = dt.datetime.now(dt.UTC)
 

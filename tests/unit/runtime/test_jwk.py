@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clawker_cp.errors import InvalidInput
-from clawker_cp.pki.jwk import public_jwk, public_key, read_jwks, thumbprint
+from clawker_cp.runtime.jwk import public_jwk, public_key, read_jwks, thumbprint
 
 
 @cache

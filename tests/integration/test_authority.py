@@ -1,0 +1,439 @@
+"""The embedded token authority over real HTTPS: one way in, and every other one refused by its row of the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import ssl
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+import pytest_asyncio
+import structlog
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from clawker_cp.agents.database import Database
+from clawker_cp.auth.authority.endpoints import admin_application, public_application
+from clawker_cp.auth.authority.keys import signing_key
+from clawker_cp.auth.authority.ledger import Ledger
+from clawker_cp.auth.authority.listeners import HttpsListener
+from clawker_cp.auth.authority.service import ASSERTION_TYPE, TokenAuthority
+from clawker_cp.auth.clients import register_agent_client, register_cli_client
+from clawker_cp.auth.introspect import HydraIntrospector
+from clawker_cp.errors import Conflict, Unavailable
+from clawker_cp.runtime.jwk import public_jwk, thumbprint
+from clawker_cp.testing.certificates import TestCa
+
+AUDIENCE = "https://127.0.0.1:4444/oauth2/token"
+ISSUER = "https://127.0.0.1:4444/"
+
+
+@dataclass
+class World:
+    """An authority on two loopback ports, and the keys of its clients."""
+
+    directory: Path
+    ca: TestCa
+    key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    sandbox: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
+    now: float = field(default_factory=time.time)
+    rate: int = 0
+
+    @asynccontextmanager
+    async def running(self, *, register: bool = True) -> AsyncIterator[World]:
+        database = Database(self.directory / "cp.db")
+        database.open()
+        key = signing_key(self.directory / "token-signing.key")
+        ledger = Ledger(database)
+        ledger.load(self.now)
+        jwk = public_jwk(key.public_key())
+        self.authority = TokenAuthority(
+            key, thumbprint(jwk), ledger, issuer=ISSUER, audience=AUDIENCE, exchanges_per_s=self.rate,
+            wall=lambda: self.now,
+        )  # fmt: skip
+        jwks = {"keys": [{**jwk, "kid": thumbprint(jwk)}]}
+        public = HttpsListener("token", public_application(self.authority, jwks), [("127.0.0.1", 0)])
+        admin = HttpsListener("admin", admin_application(self.authority), [("127.0.0.1", 0)])
+        public.open()
+        admin.open()
+        self.public_port, self.admin_port = public.ports[0], admin.ports[0]
+        self.tls = self.ca.client_context()
+        context = self.ca.server_context()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(public.run(context))
+            group.create_task(admin.run(context))
+            async with httpx.AsyncClient(verify=self.tls, trust_env=False) as self.http:
+                if register:
+                    await register_cli_client(self.admin, self.jwk(), self.tls)
+                    await register_agent_client(self.admin, self.jwks(), self.tls)
+                yield self
+            public.close()
+            admin.close()
+        database.close()
+
+    @property
+    def admin(self) -> str:
+        return f"https://localhost:{self.admin_port}"
+
+    @property
+    def public(self) -> str:
+        return f"https://localhost:{self.public_port}"
+
+    def jwk(self) -> str:
+        return json.dumps(public_jwk(self.key.public_key()))
+
+    def jwks(self) -> str:
+        return json.dumps(
+            {"keys": [public_jwk(self.key.public_key()), public_jwk(self.sandbox.public_key(), kid="sandbox")]}
+        )
+
+    def claims(self, client: str = "clawker-cli", **changes: Any) -> dict[str, Any]:
+        now = int(self.now)
+        claims = {"iss": client, "sub": client, "aud": AUDIENCE, "jti": str(uuid.uuid4()), "iat": now, "exp": now + 30}
+        return {key: value for key, value in {**claims, **changes}.items() if value is not None}
+
+    def sign(self, claims: dict[str, Any], *, key: Any = None, algorithm: str = "ES256", **headers: Any) -> str:
+        return jwt.encode(claims, key or self.key, algorithm=algorithm, headers=headers)
+
+    def form(self, assertion: str, **changes: str) -> dict[str, str]:
+        return {
+            "grant_type": "client_credentials",
+            "client_assertion_type": ASSERTION_TYPE,
+            "client_assertion": assertion,
+            "scope": "admin",
+            **changes,
+        }
+
+    async def post(self, **arguments: Any) -> httpx.Response:
+        return await self.http.post(f"{self.public}/oauth2/token", **arguments)
+
+    async def token(self, client: str = "clawker-cli", scope: str = "") -> str:
+        answer = await self.post(data=self.form(self.sign(self.claims(client)), scope=scope))
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["access_token"])
+
+    async def introspect(self, **form: str) -> Any:
+        return (await self.http.post(f"{self.admin}/admin/oauth2/introspect", data=form)).json()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, TestCa(tmp_path))
+
+
+@pytest_asyncio.fixture
+async def live(world: World) -> AsyncIterator[World]:
+    async with world.running() as live:
+        yield live
+
+
+async def test_an_assertion_becomes_a_token_that_introspection_knows(live: World) -> None:
+    """The success reply and the active answer are those of the contract, field by field."""
+    answer = await live.post(data=live.form(live.sign(live.claims())))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json;charset=UTF-8"
+    assert (answer.headers["cache-control"], answer.headers["pragma"]) == ("no-store", "no-cache")
+    said = answer.json()
+    token = said.pop("access_token")
+    assert said == {"expires_in": 3600, "scope": "admin", "token_type": "bearer"}
+    header = jwt.get_unverified_header(token)
+    keys = (await live.http.get(f"{live.public}/.well-known/jwks.json")).json()["keys"]
+    assert (header["alg"], header["typ"], header["kid"]) == ("ES256", "at+jwt", keys[0]["kid"])
+    claims = jwt.decode(token, jwt.PyJWK(keys[0]).key, algorithms=["ES256"], audience="clawker", issuer=ISSUER)
+    assert claims["exp"] - claims["iat"] == 3600 and claims["sub"] == claims["client_id"] == "clawker-cli"
+    active = await live.introspect(token=token)
+    assert active == {
+        "active": True, "aud": ["clawker"], "client_id": "clawker-cli", "exp": claims["exp"], "iat": claims["iat"],
+        "iss": ISSUER, "jti": claims["jti"], "nbf": claims["iat"], "scope": "admin", "sub": "clawker-cli",
+        "token_type": "Bearer", "token_use": "access_token",
+    }  # fmt: skip
+    introspector = HydraIntrospector(f"{live.admin}/admin/oauth2/introspect", live.tls)
+    result = await introspector.introspect(token, "admin")
+    await introspector.aclose()
+    assert result == await live.authority.introspect(token, "admin") and result.active
+    assert (await live.introspect(token=token, scope="admin"))["active"] is True
+    assert await live.introspect(token=token, scope="agent:self:register") == {"active": False}
+
+
+async def test_both_keys_of_the_agents_client_count(live: World) -> None:
+    """Without a kid the first key, with `sandbox` the second; and the scope is the agents' own."""
+    claims = live.claims("clawker-agent", exp=int(live.now) + 86_400)
+    assert (await live.post(data=live.form(live.sign(claims), scope=""))).json()["scope"] == "agent:self:register"
+    claims = live.claims("clawker-agent")
+    signed = live.sign(claims, key=live.sandbox, kid="sandbox")
+    assert (await live.post(data=live.form(signed, scope=""))).status_code == 200
+    signed = live.sign(live.claims("clawker-agent"), key=live.sandbox)
+    assert (await live.post(data=live.form(signed, scope=""))).status_code == 401
+
+
+def hs256(claims: dict[str, Any], secret: bytes) -> str:
+    """A token signed with a shared secret, as libraries no longer make it with a public key."""
+
+    def part(octets: bytes) -> bytes:
+        return base64.urlsafe_b64encode(octets).rstrip(b"=")
+
+    text = part(b'{"alg":"HS256","typ":"JWT"}') + b"." + part(json.dumps(claims).encode())
+    return (text + b"." + part(hmac.digest(secret, text, "sha256"))).decode()
+
+
+def rejected(world: World) -> dict[str, str]:
+    """Assertions that must not count, by what is wrong with them."""
+    now = int(world.now)
+    other = ec.generate_private_key(ec.SECP256R1())
+    secret = world.jwk().encode()
+    good = world.sign(world.claims())
+    return {
+        "nothing": "",
+        "garbage": "a.b.c",
+        "foreign signature": world.sign(world.claims(), key=other),
+        "no signature": ".".join(good.split(".")[:2]) + ".",
+        "changed claims": world.sign(world.claims(sub="clawker-agent")),
+        "alg none": jwt.encode(world.claims(), None, algorithm="none"),
+        "HS256 with the public key": hs256(world.claims(), secret),
+        "unknown kid": world.sign(world.claims(), kid="other"),
+        "crit": world.sign(world.claims(), crit=["exp"]),
+        "unknown client": world.sign(world.claims("clawker-nobody")),
+        "iss is not sub": world.sign(world.claims(iss="clawker-agent")),
+        "wrong aud": world.sign(world.claims(aud="https://127.0.0.1:4445/oauth2/token")),
+        "two auds": world.sign(world.claims(aud=[AUDIENCE, AUDIENCE])),
+        "no aud": world.sign(world.claims(aud=None)),
+        "expired": world.sign(world.claims(iat=now - 60, exp=now - 11)),
+        "too early": world.sign(world.claims(iat=now + 61, exp=now + 90)),
+        "nbf in the future": world.sign(world.claims(nbf=now + 61)),
+        "lives too long": world.sign(world.claims(exp=now + 301)),
+        "no exp": world.sign(world.claims(exp=None)),
+        "no iat": world.sign(world.claims(iat=None)),
+        "no jti": world.sign(world.claims(jti=None)),
+        "empty jti": world.sign(world.claims(jti="")),
+        "spoilt signature": good[:-4] + "AAAA",
+        "too long": world.sign(world.claims(filler="x" * 9000)),
+    }
+
+
+async def test_every_bad_assertion_is_an_invalid_client(live: World) -> None:
+    """One status, one code, one text for all of them; the cause is in the log, the assertion is not."""
+    for what, assertion in rejected(live).items():
+        with structlog.testing.capture_logs() as logs:
+            answer = await live.post(data=live.form(assertion))
+        assert (answer.status_code, answer.json()["error"]) == (401, "invalid_client"), what
+        assert answer.json()["error_description"] == "client authentication failed", what
+        (line,) = [line for line in logs if line["event"] == "token_refused"]
+        assert line["cause"] and (not assertion or assertion not in repr(line)), what
+
+
+async def test_the_leeway_is_that_of_the_contract(live: World) -> None:
+    """Ten seconds past its end, and sixty before its beginning, still count; a one-element aud does."""
+    now = int(live.now)
+    for changes in ({"iat": now - 60, "exp": now - 9}, {"iat": now + 60, "exp": now + 90}, {"aud": [AUDIENCE]}):
+        answer = await live.post(data=live.form(live.sign(live.claims(**changes))))
+        assert answer.status_code == 200, changes
+    assert (await live.post(data=live.form(live.sign(live.claims(), kid="")))).status_code == 200
+
+
+async def test_an_assertion_counts_once(live: World) -> None:
+    """Of eight copies at the same time exactly one is a token, and also after a failed use it is spent."""
+    copies = live.form(live.sign(live.claims()))
+    async with asyncio.TaskGroup() as group:
+        calls = [group.create_task(live.post(data=copies)) for _ in range(8)]
+    assert sorted(call.result().status_code for call in calls) == [200] + [401] * 7
+    wasted = live.form(live.sign(live.claims()))
+    assert (await live.post(data={**wasted, "scope": "everything"})).json()["error"] == "invalid_scope"
+    assert (await live.post(data=wasted)).status_code == 401
+
+
+async def test_tokens_and_spent_numbers_outlive_the_process(world: World) -> None:
+    """After a restart a token is still good, and an assertion spent before is still spent."""
+    form = world.form(world.sign(world.claims()))
+    async with world.running() as live:
+        token = (await live.post(data=form)).json()["access_token"]
+        revoked = await live.token()
+        await live.authority.bar("digest", hashlib.sha256(revoked.encode()).hexdigest())
+    async with world.running() as live:
+        assert (await live.introspect(token=token))["active"] is True
+        assert await live.introspect(token=revoked) == {"active": False}
+        assert (await live.post(data=form)).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "error"),
+    [
+        ({"json": {}}, 400, "invalid_request"),
+        ({"data": {}}, 400, "invalid_request"),
+        ({"content": b"grant_type=a&grant_type=a"}, 400, "invalid_request"),
+        ({"content": b"grant_type=%ff"}, 400, "invalid_request"),
+        ({"content": b"\xff\xfe"}, 400, "invalid_request"),
+        ({"content": b"no-pair"}, 400, "invalid_request"),
+        ({"content": b"grant_type=authorization_code"}, 400, "unsupported_grant_type"),
+        ({"content": b"grant_type=client_credentials"}, 401, "invalid_client"),
+        (
+            {"content": b"grant_type=client_credentials&client_assertion_type=x&client_assertion=y"},
+            401,
+            "invalid_client",
+        ),
+        ({"content": b"a=" + b"x" * 17_000}, 413, "invalid_request"),
+    ],
+)
+async def test_malformed_requests_have_their_row(
+    live: World, arguments: dict[str, Any], status: int, error: str
+) -> None:
+    """Wrong types, repeated and undecodable parameters, other grants, giants; no input is repeated."""
+    headers = {} if "json" in arguments else {"content-type": "application/x-www-form-urlencoded"}
+    answer = await live.post(headers=headers, **arguments)
+    assert (answer.status_code, answer.json()["error"]) == (status, error)
+
+
+async def test_a_client_id_that_is_not_the_subject_is_refused(live: World) -> None:
+    """Present it has to be equal; unknown fields are ignored."""
+    assert (await live.post(data=live.form(live.sign(live.claims()), client_id="clawker-agent"))).status_code == 401
+    answer = await live.post(data=live.form(live.sign(live.claims()), client_id="clawker-cli", more="ignored"))
+    assert answer.status_code == 200
+
+
+async def test_other_methods_and_places(live: World) -> None:
+    """405 says what is allowed, and nothing of the admin API is on the public port."""
+    answer = await live.http.get(f"{live.public}/oauth2/token")
+    assert (answer.status_code, answer.headers["allow"], answer.json()["error"]) == (405, "POST", "invalid_request")
+    for path in ("/admin/clients", "/admin/oauth2/introspect", "/", "/oauth2/token/x"):
+        assert (await live.http.post(f"{live.public}{path}")).status_code == 404, path
+    metadata = (await live.http.get(f"{live.public}/.well-known/openid-configuration")).json()
+    assert (metadata["issuer"], metadata["token_endpoint"]) == (ISSUER, AUDIENCE)
+
+
+async def test_readiness_waits_for_clients(world: World) -> None:
+    """Alive from the start, ready once somebody can get a token; on both ports."""
+    async with world.running(register=False) as live:
+        for base in (live.public, live.admin):
+            assert (await live.http.get(f"{base}/health/alive")).json() == {"status": "ok"}
+            answer = await live.http.get(f"{base}/health/ready")
+            assert (answer.status_code, answer.json()) == (503, {"status": "starting"})
+        await register_cli_client(live.admin, live.jwk(), live.tls)
+        assert (await live.http.get(f"{live.public}/health/ready")).status_code == 200
+
+
+async def test_registration_is_repeated_without_harm_and_follows_a_new_key(live: World) -> None:
+    """A second time is success; a re-minted key replaces the old one; garbage is an error that says why."""
+    await register_cli_client(live.admin, live.jwk(), live.tls)
+    old = live.sign(live.claims())
+    live.key = ec.generate_private_key(ec.SECP256R1())
+    await register_cli_client(live.admin, live.jwk(), live.tls)
+    assert (await live.post(data=live.form(old))).status_code == 401
+    await live.token()
+    for document, field_ in (
+        ({}, "client_id"),
+        ({"client_id": "a/b"}, "client_id"),
+        ({"client_id": "x", "scope": "s", "grant_types": ["implicit"]}, "grant_types"),
+    ):
+        answer = await live.http.post(f"{live.admin}/admin/clients", json=document)
+        assert answer.status_code == 400 and field_ in answer.json()["error_description"]
+    with pytest.raises(Unavailable, match="clawker-cli"):
+        await register_cli_client("https://localhost:1", live.jwk(), live.tls)
+
+
+async def test_revoking_ends_a_token(live: World) -> None:
+    """Its own client may; another's request, and a token nobody knows, are 200 and change nothing."""
+    token, kept = await live.token(), await live.token()
+    url = f"{live.public}/oauth2/revoke"
+    other = live.form(live.sign(live.claims("clawker-agent")), token=token)
+    assert (await live.http.post(url, data=other)).status_code == 200
+    assert (await live.introspect(token=token))["active"] is True
+    mine = live.form(live.sign(live.claims()), token=token)
+    answer = await live.http.post(url, data=mine)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert await live.introspect(token=token) == {"active": False}
+    assert (await live.http.post(url, data=live.form("x", token=token))).status_code == 401
+    unknown = live.form(live.sign(live.claims()), token="garbage")
+    assert (await live.http.post(url, data=unknown)).status_code == 200
+    assert (await live.introspect(token=kept))["active"] is True
+    assert (
+        await live.http.delete(f"{live.admin}/admin/oauth2/tokens", params={"client_id": "clawker-cli"})
+    ).status_code == 204
+    assert await live.introspect(token=kept) == {"active": False}
+    live.now += 1
+    assert (await live.introspect(token=await live.token()))["active"] is True
+
+
+async def test_no_foreign_token_is_active(live: World) -> None:
+    """Garbage, another key's, another issuer's and an ended one are all the same answer."""
+    token = await live.token()
+    claims = jwt.decode(token, options={"verify_signature": False})
+    forged = jwt.encode(claims, ec.generate_private_key(ec.SECP256R1()), algorithm="ES256")
+    for text in ("garbage", "a.b.c", forged, token[:-2] + "AA", jwt.encode(claims, None, algorithm="none")):
+        assert await live.introspect(token=text) == {"active": False}, text
+    answer = await live.http.post(f"{live.admin}/admin/oauth2/introspect", data={"token": ""})
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+    live.now += 3600
+    assert await live.introspect(token=token) == {"active": False}
+
+
+async def test_one_address_gets_so_many_exchanges(world: World) -> None:
+    """Beyond the burst it is 429 with a time to wait."""
+    world.rate = 1
+    async with world.running() as live:
+        answers = [(await live.post(data={})).status_code for _ in range(210)]
+        assert answers[:199] == [400] * 199 and answers[-1] == 429
+        answer = await live.post(data={})
+        assert (answer.headers["retry-after"], answer.json()["error"]) == ("1", "temporarily_unavailable")
+
+
+async def test_tls_is_1_3_and_slow_or_silent_connections_end(live: World) -> None:
+    """An older version is refused in the handshake; a head or a body that does not come is not waited for."""
+    old = live.ca.client_context()
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        await asyncio.open_connection("127.0.0.1", live.public_port, ssl=old, server_hostname="localhost")
+    head = b"POST /oauth2/token HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    async with asyncio.timeout(20):
+        for sent in (b"", b"POST /oauth2/to", head + b"half"):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", live.public_port, ssl=live.tls, server_hostname="localhost"
+            )
+            writer.write(sent)
+            answer = await reader.read()
+            assert not answer or answer.startswith(b"HTTP/1.1 408"), answer
+            writer.close()
+
+
+async def test_a_head_without_end_is_refused(live: World) -> None:
+    """More than 16 KiB of headers end the connection."""
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", live.public_port, ssl=live.tls, server_hostname="localhost"
+    )
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 40_000)
+    async with asyncio.timeout(10):
+        try:
+            answer = await reader.read()
+        except ConnectionError:
+            answer = b""
+    assert not answer or answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+    writer.close()
+
+
+async def test_a_taken_port_is_named(live: World) -> None:
+    """Nothing stays bound after the refusal."""
+    listener = HttpsListener("token endpoint", admin_application(live.authority), [("127.0.0.1", live.public_port)])
+    with pytest.raises(Conflict, match=f"token endpoint: cannot listen on 127.0.0.1:{live.public_port}"):
+        listener.open()
+    assert listener.ports == []
+
+
+def test_a_signing_key_is_never_replaced_by_accident(tmp_path: Path) -> None:
+    """Made once and kept; a file that holds something else is an error that says what it would cost."""
+    path = tmp_path / "token-signing.key"
+    first = signing_key(path)
+    assert signing_key(path).private_numbers() == first.private_numbers()
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(b"garbage")
+    with pytest.raises(Unavailable, match="holds no P-256 key"):
+        signing_key(path)
+    assert path.read_bytes() == b"garbage"
