@@ -4,11 +4,13 @@ The bearer token of a call, out of its metadata (contract 3.7). Pure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 HEADER = "authorization"
-PREFIX = "Bearer "
 MAX_TOKEN_BYTES = 8 * 1024
+# One scan in C: asking character by character costs twenty microseconds of a two microsecond budget.
+_FORM = re.compile(rf"Bearer ([!-~]{{1,{MAX_TOKEN_BYTES}}})")
 
 
 def bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
@@ -17,13 +19,13 @@ def bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
 
     The prefix is case-sensitive; a token is visible ASCII (RFC 6750).
     """
-    found = ""
+    found: str | bytes | None = None
     for key, value in metadata:
         if key == HEADER:
-            if found or not isinstance(value, str):
+            if found is not None:
                 return ""
             found = value
-    token = found[len(PREFIX) :] if found.startswith(PREFIX) else ""
-    if not token or len(token) > MAX_TOKEN_BYTES or not token.isascii():
+    if not isinstance(found, str):
         return ""
-    return "" if any(not "!" <= character <= "~" for character in token) else token
+    form = _FORM.fullmatch(found)
+    return form[1] if form else ""

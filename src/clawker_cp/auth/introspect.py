@@ -5,18 +5,22 @@ Asking the token authority what a token is worth (RFC 7662).
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import ssl
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit
 
 import httpx
 import orjson
 
-from clawker_cp.errors import Unavailable
+from clawker_cp.errors import InvalidInput, Unavailable
 
 LIMIT_S = 5.0
 MAX_ANSWER_BYTES = 64 * 1024
-CONNECTIONS = 16
+# As many as questions are asked at once (`authorizer.QUESTIONS_AT_ONCE`), all kept for the client's five seconds:
+# keeping fewer means a TLS handshake for most questions of a burst.
+CONNECTIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,13 @@ class HydraIntrospector:
     Introspects at an authority's admin endpoint, `introspect_url`, over kept connections.
 
     `tls` (an `SSLContext` or a path of CA certificates) says whom to trust; None = the system. The token is
-    in the request's body only, never in a log or an error. `aclose` gives the connections back.
+    in the request's body only, never in a log or an error, and never sent in clear text to another machine:
+    such a URL raises `InvalidInput`. `aclose` gives the connections back.
     """
 
     def __init__(self, introspect_url: str, tls: ssl.SSLContext | str | None = None) -> None:
+        if not introspect_url.startswith("https://") and not _is_plain_loopback(introspect_url):
+            raise InvalidInput("introspect_url: has to be https://, or http:// to this machine's loopback")
         self._url = introspect_url
         self._tls = tls
         self._client: httpx.AsyncClient | None = None
@@ -70,8 +77,11 @@ class HydraIntrospector:
         body = b""
         try:
             async with asyncio.timeout(LIMIT_S), client.stream("POST", self._url, data={"token": token}) as answer:
+                # A length that is told is believed before anything is read; an untold one is read to its end, within
+                # the limit, because leaving the stream in the middle would leave its generators behind.
+                if _too_long(answer.headers.get("content-length", "0")):
+                    raise Unavailable("the token authority's answer is too long")
                 async for chunk in answer.aiter_bytes():
-                    # Read to its end all the same: leaving the stream in the middle would leave its generators behind.
                     body += chunk if len(body) <= MAX_ANSWER_BYTES else b""
                 status = answer.status_code
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
@@ -92,18 +102,33 @@ class HydraIntrospector:
             await client.aclose()
 
     def _connect(self) -> httpx.AsyncClient:
-        tls = self._tls
-        verify = (
-            ssl.create_default_context(cafile=tls) if isinstance(tls, str) else (tls or ssl.create_default_context())
-        )
+        verify = self._tls
+        if not isinstance(verify, ssl.SSLContext):
+            verify = ssl.create_default_context(cafile=verify)
+            verify.minimum_version = ssl.TLSVersion.TLSv1_3
         self._client = httpx.AsyncClient(
             verify=verify,
             timeout=LIMIT_S,
             follow_redirects=False,
             trust_env=False,
+            headers={"accept": "application/json", "accept-encoding": "identity"},
             limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
         )
         return self._client
+
+
+def _is_plain_loopback(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and (
+            parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
+        )
+    except ValueError:
+        return False
+
+
+def _too_long(content_length: str) -> bool:
+    return content_length.isdigit() and (len(content_length) > 9 or int(content_length) > MAX_ANSWER_BYTES)
 
 
 def read_answer(body: bytes) -> IntrospectionResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import tracemalloc
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from clawker_cp.auth import authorizer as module
 from clawker_cp.auth.authorizer import BOUND, FAILED, INACTIVE, Authorizer, Pending, Refusal
 from clawker_cp.auth.introspect import IntrospectionResult
+from clawker_cp.errors import Unavailable
 
 CERTIFICATE, OTHER = b"\x01" * 32, b"\x02" * 32
 GOOD = IntrospectionResult(True, "admin other", "clawker-cli", "s", 1000)
@@ -99,10 +101,172 @@ async def test_every_surprise_is_a_denial_that_is_not_kept(clock: Clock, surpris
     """Whatever the introspector raises, the call is denied and the next one asks again."""
     authority = Authority(odd=surprise)
     one = made(authority, clock)
-    assert await judge(one, "odd") is FAILED
+    refusal = await judge(one, "odd")
+    assert refusal is not None and (refusal.authenticated, refusal.message) == (False, FAILED.message)
     authority.answers["odd"] = GOOD
     assert await judge(one, "odd") is None
     assert one.statistics()["errors"] == 1
+
+
+async def test_a_cause_never_repeats_what_a_foreign_error_says(clock: Clock) -> None:
+    """An introspector's own words may hold the token (I11); only our errors' messages are passed on."""
+    authority = Authority(odd=ValueError("token odd-secret is bad"), down=Unavailable("nobody there"))
+    one = made(authority, clock)
+    odd, down = await judge(one, "odd"), await judge(one, "down")
+    assert odd is not None and odd.cause == "introspection failed: ValueError"
+    assert down is not None and down.cause == "introspection failed: Unavailable: nobody there"
+
+
+async def test_an_introspector_without_a_limit_of_its_own_is_cut_off(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is denied, and the place is free for the next question."""
+    monkeypatch.setattr(module, "ANSWER_LIMIT_S", 0.01)
+    authority = Authority(good=GOOD)
+    authority.go.clear()
+    one = made(authority, clock)
+    refusal = await judge(one, "good")
+    assert refusal is not None and refusal.cause == "introspection failed: TimeoutError"
+    assert one.statistics()["asking"] == 0
+    authority.go.set()
+    assert await judge(one, "good") is None
+
+
+async def test_one_certificate_cannot_fill_the_queue(clock: Clock) -> None:
+    """Beyond its share its new tokens are refused at once; another certificate still gets its answer."""
+    authority = Authority(good=GOOD)
+    authority.go.clear()
+    one = made(authority, clock)
+    share = module.QUESTIONS_PER_CERTIFICATE
+    async with asyncio.TaskGroup() as group:
+        calls = [group.create_task(judge(one, f"t{number}")) for number in range(share + 50)]
+        while len(authority.asked) < module.QUESTIONS_AT_ONCE:
+            await asyncio.sleep(0)
+        other = group.create_task(judge(one, "good", OTHER))
+        await asyncio.sleep(0)
+        waiting = one.statistics()
+        authority.go.set()
+    refused = [call.result() for call in calls if call.result() is not INACTIVE]
+    assert waiting["asking"] == share + 1 and waiting["overloads"] == 50
+    assert len(refused) == 50 and {refusal.message for refusal in refused if refusal} == {FAILED.message}
+    assert other.result() is None and one.statistics()["asking"] == 0
+
+
+async def test_the_queue_as_a_whole_is_bounded(clock: Clock) -> None:
+    """Tens of certificates together make no longer a queue than the bound."""
+    authority = Authority()
+    authority.go.clear()
+    one = made(authority, clock)
+    bound = module.QUESTIONS_AT_ONCE + module.QUESTIONS_WAITING
+    async with asyncio.TaskGroup() as group:
+        for number in range(bound + 20):
+            group.create_task(judge(one, f"t{number}", bytes([number % 50]) * 32))
+        while one.overloads < 20:
+            await asyncio.sleep(0)
+        assert one.statistics()["asking"] == bound
+        authority.go.set()
+    assert one.overloads == 20
+
+
+async def test_a_question_nobody_waits_for_is_not_begun(clock: Clock) -> None:
+    """When its turn comes and its caller has gone, the authority is not bothered."""
+    authority = Authority()
+    authority.go.clear()
+    one = made(authority, clock)
+    async with asyncio.TaskGroup() as group:
+        for number in range(module.QUESTIONS_AT_ONCE):
+            group.create_task(judge(one, f"t{number}"))
+        while len(authority.asked) < module.QUESTIONS_AT_ONCE:
+            await asyncio.sleep(0)
+        late = group.create_task(judge(one, "late"))
+        await asyncio.sleep(0)
+        late.cancel()
+        await asyncio.wait([late])
+        authority.go.set()
+    while one.statistics()["asking"]:
+        await asyncio.sleep(0)
+    assert late.cancelled() and "late" not in authority.asked
+
+
+async def test_a_wall_clock_set_back_does_not_prolong_a_grant(clock: Clock) -> None:
+    """Its time to live runs on the monotonic clock, whatever the wall clock says; then the token is asked anew."""
+    authority = Authority(good=GOOD)
+    one = made(authority, clock)
+    clock.wall = 995.0
+    assert await judge(one, "good") is None
+    clock.wall, clock.monotonic = 0.0, 5.0
+    assert isinstance(one.decide("good", CERTIFICATE, "admin"), Pending)  # its rest was five seconds
+    clock.wall, clock.monotonic = 2000.0, 5.0
+    assert await judge(one, "good") is INACTIVE
+
+
+async def test_a_wall_clock_set_forward_ends_a_grant_at_once(clock: Clock) -> None:
+    """The token's own end is compared at every hit."""
+    one = made(Authority(good=GOOD), clock)
+    assert await judge(one, "good") is None
+    clock.wall = 1000.0
+    assert await judge(one, "good") is INACTIVE
+
+
+class BarList:
+    def __init__(self) -> None:
+        self.clients: set[str] = set()
+        self.digests: set[bytes] = set()
+
+    def barred(self, token_sha256: bytes, client_id: str, exp: int) -> bool:
+        return token_sha256 in self.digests or client_id in self.clients
+
+
+async def test_a_barred_token_stays_out_although_the_authority_says_active(clock: Clock) -> None:
+    """The bar list is consulted on every miss, so a revocation holds with an authority that knows nothing of it."""
+    bars = BarList()
+    one = Authorizer(Authority(good=GOOD), bars=bars, wall=lambda: clock.wall, monotonic=lambda: clock.monotonic)
+    assert await judge(one, "good") is None
+    bars.digests.add(hashlib.sha256(b"good").digest())
+    one.revoke(token="good")
+    assert await judge(one, "good") is INACTIVE
+    bars.digests.clear()
+    bars.clients.add("clawker-cli")
+    clock.monotonic = 2.0
+    assert await judge(one, "good") is INACTIVE
+
+
+async def test_a_bar_list_that_fails_denies(clock: Clock) -> None:
+    """Not knowing whether a token is barred is a denial (I10)."""
+
+    class Broken:
+        def barred(self, token_sha256: bytes, client_id: str, exp: int) -> bool:
+            raise OSError("disk")
+
+    one = Authorizer(Authority(good=GOOD), bars=Broken(), wall=lambda: clock.wall, monotonic=lambda: clock.monotonic)
+    refusal = await judge(one, "good")
+    assert refusal is not None and refusal.message == FAILED.message
+
+
+async def test_listeners_may_share_the_bound_on_questions(clock: Clock) -> None:
+    """Two authorizers with one room never ask more together than the room has places."""
+    authority, room = Authority(), asyncio.Semaphore(4)
+    authority.go.clear()
+    both = [
+        Authorizer(authority, room=room, wall=lambda: clock.wall, monotonic=lambda: clock.monotonic) for _ in range(2)
+    ]
+    async with asyncio.TaskGroup() as group:
+        for number in range(20):
+            group.create_task(judge(both[number % 2], f"t{number}"))
+        while len(authority.asked) < 4:
+            await asyncio.sleep(0)
+        authority.go.set()
+    assert authority.most == 4 and len(authority.asked) == 20
+
+
+async def test_closing_before_a_question_began_refuses_its_caller(clock: Clock) -> None:
+    """Also a task that never had its first step leaves no caller waiting."""
+    one = made(Authority(good=GOOD), clock)
+    async with asyncio.TaskGroup() as group:
+        call = group.create_task(judge(one, "good"))
+        await asyncio.sleep(0)
+        await one.aclose()
+    assert call.result() is FAILED and one.statistics()["asking"] == 0
 
 
 async def test_concurrent_calls_share_one_question(clock: Clock) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from clawker_cp.auth import introspect
 from clawker_cp.auth.introspect import HydraIntrospector, IntrospectionResult, Introspector, read_answer
-from clawker_cp.errors import Unavailable
+from clawker_cp.errors import InvalidInput, Unavailable
 from clawker_cp.testing.certificates import TestCa
 
 TOKEN = "secret-token-of-the-test"
@@ -174,3 +174,77 @@ async def test_the_token_is_in_no_error(ca: TestCa) -> None:
 def test_inactive_is_an_answer() -> None:
     """Exactly false is definite, whatever else is said."""
     assert read_answer(b'{"active":false,"scope":5}') == IntrospectionResult(active=False)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://192.0.2.1/introspect",
+        "http://authority.example/introspect",
+        "http:///introspect",
+        "http://[bad/",
+        "ftp://127.0.0.1/",
+        "",
+        "https//x",
+    ],
+)
+def test_a_token_is_not_sent_in_clear_text(url: str) -> None:
+    """Only this machine's loopback may be asked without TLS; anything else fails when it is set up."""
+    with pytest.raises(InvalidInput, match="introspect_url"):
+        HydraIntrospector(url)
+    for fine in ("http://127.0.0.1:1/x", "http://localhost/x", "http://[::1]/x", "https://authority.example/x"):
+        HydraIntrospector(fine)
+
+
+async def test_an_answer_that_says_it_is_huge_is_not_read(ca: TestCa) -> None:
+    """Ten gigabytes announced end the question at once, long before its time limit."""
+
+    async def answer(_request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n" + b" " * 1000)
+
+    async with authority(ca, answer) as url, asyncio.timeout(4):
+        with pytest.raises(Unavailable, match="too long"):
+            await ask(url, ca.client_context())
+
+
+async def test_an_endless_answer_ends_with_the_time_limit(ca: TestCa, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never says how long it is costs no memory and no more than the limit."""
+    monkeypatch.setattr(introspect, "LIMIT_S", 0.3)
+
+    async def answer(_request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            writer.write(b"1000\r\n" + b" " * 4096 + b"\r\n")
+            await writer.drain()
+
+    async with authority(ca, answer) as url, asyncio.timeout(5):
+        with pytest.raises(Unavailable):
+            await ask(url, ca.client_context())
+
+
+async def test_an_authority_below_tls_1_3_is_not_asked(ca: TestCa) -> None:
+    """With a CA path the context is ours, and ours demands TLS 1.3."""
+    context = ca.server_context()
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+    async with server:
+        with pytest.raises(Unavailable, match="did not answer"):
+            await ask(f"https://localhost:{server.sockets[0].getsockname()[1]}/", str(ca.certificate))
+
+
+async def test_many_questions_at_once_are_all_answered(ca: TestCa) -> None:
+    """64 together, each with its own answer, over no more connections than that."""
+    peers = set()
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        peers.add(writer.get_extra_info("peername"))
+        client = request.decode().removeprefix("token=")
+        await says(b'{"active":true,"client_id":"%s","exp":99}' % client.encode())(request, writer)
+
+    async with authority(ca, answer) as url:
+        introspector = HydraIntrospector(url, ca.client_context())
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(introspector.introspect(f"c{number}", "")) for number in range(200)]
+        await introspector.aclose()
+    assert [task.result().client_id for task in asked] == [f"c{number}" for number in range(200)]
+    assert len(peers) <= introspect.CONNECTIONS
