@@ -27,12 +27,12 @@ from clawker_cp.agents.database import Database
 from clawker_cp.auth.authority.endpoints import admin_application, public_application
 from clawker_cp.auth.authority.keys import signing_key
 from clawker_cp.auth.authority.ledger import Ledger
-from clawker_cp.auth.authority.listeners import HttpsListener
 from clawker_cp.auth.authority.service import ASSERTION_TYPE, TokenAuthority
 from clawker_cp.auth.clients import register_agent_client, register_cli_client
 from clawker_cp.auth.introspect import HydraIntrospector
 from clawker_cp.errors import Conflict, Unavailable
 from clawker_cp.runtime.jwk import public_jwk, thumbprint
+from clawker_cp.runtime.listeners import HttpListener
 from clawker_cp.testing.certificates import TestCa
 
 AUDIENCE = "https://127.0.0.1:4444/oauth2/token"
@@ -63,8 +63,8 @@ class World:
             wall=lambda: self.now,
         )  # fmt: skip
         jwks = {"keys": [{**jwk, "kid": thumbprint(jwk)}]}
-        public = HttpsListener("token", public_application(self.authority, jwks), [("127.0.0.1", 0)])
-        admin = HttpsListener("admin", admin_application(self.authority), [("127.0.0.1", 0)])
+        public = HttpListener("token", public_application(self.authority, jwks), [("127.0.0.1", 0)])
+        admin = HttpListener("admin", admin_application(self.authority), [("127.0.0.1", 0)])
         public.open()
         admin.open()
         self.public_port, self.admin_port = public.ports[0], admin.ports[0]
@@ -421,7 +421,7 @@ async def test_a_head_without_end_is_refused(live: World) -> None:
 
 async def test_a_taken_port_is_named(live: World) -> None:
     """Nothing stays bound after the refusal."""
-    listener = HttpsListener("token endpoint", admin_application(live.authority), [("127.0.0.1", live.public_port)])
+    listener = HttpListener("token endpoint", admin_application(live.authority), [("127.0.0.1", live.public_port)])
     with pytest.raises(Conflict, match=f"token endpoint: cannot listen on 127.0.0.1:{live.public_port}"):
         listener.open()
     assert listener.ports == []

@@ -12,7 +12,6 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 from urllib.parse import parse_qsl
@@ -25,32 +24,16 @@ from clawker_cp.auth.authority.assertions import Client, Rejected, read_assertio
 from clawker_cp.auth.authority.ledger import Ledger
 from clawker_cp.auth.introspect import INACTIVE, IntrospectionResult
 from clawker_cp.auth.scopes import AGENT_CLIENT
+from clawker_cp.runtime.asgi import MAX_BODY_BYTES, Answer, refusal
 
 log = structlog.get_logger()
 
 TOKEN_LIFE_S = 3600
 CLI_LIFE_S, AGENT_LIFE_S = 300, 86_460
-MAX_BODY_BYTES = 16 * 1024
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 BURST = 200
 ADDRESSES_KEPT = 1024
 FORM = "application/x-www-form-urlencoded"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Status, JSON body (None = empty) and further headers."""
-
-    status: int
-    body: Mapping[str, Any] | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-def refusal(status: int, error: str, text: str, **headers: str) -> Answer:
-    """
-    An OAuth2 error answer (RFC 6749 5.2).
-    """
-    return Answer(status, {"error": error, "error_description": text}, headers)
 
 
 class TokenAuthority:

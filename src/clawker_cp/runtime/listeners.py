@@ -1,8 +1,8 @@
 """
-The authority's HTTPS listeners, inside this process and its loop.
+HTTP and HTTPS listeners inside this process and its loop.
 
-TLS 1.3, HTTP/1.1, bounded heads and bodies; a connection that says nothing for five seconds is closed.
-Certificates are taken over by changing the SSL context that is passed in.
+HTTP/1.1, bounded heads and bodies; a connection that says nothing for five seconds is closed. Certificates
+are taken over by changing the SSL context that is passed in.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
-from clawker_cp.auth.authority.endpoints import Application
 from clawker_cp.errors import Conflict
+from clawker_cp.runtime.asgi import Application
 
 HEAD_BYTES = 16 * 1024
 IDLE_S = 5.0
@@ -38,7 +38,7 @@ class _Tls(Config):
         return self.context
 
 
-class HttpsListener:
+class HttpListener:
     """
     One application on some addresses. `open` binds, `run` serves until `close`.
     """
@@ -76,9 +76,9 @@ class HttpsListener:
             sock.setblocking(False)
             self._sockets.append(sock)
 
-    async def run(self, tls: ssl.SSLContext) -> None:
+    async def run(self, tls: ssl.SSLContext | None = None) -> None:
         """
-        Serve until `close` or cancelled; requests in flight get two seconds.
+        Serve until `close` or cancelled, in plain text without `tls`; requests in flight get two seconds.
         """
         config = _Tls()
         config.context = tls
