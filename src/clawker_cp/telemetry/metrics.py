@@ -80,6 +80,10 @@ class Metrics:
         self.certificate_expiry = Gauge(
             f"{PREFIX}_certificate_expiry_seconds", "Seconds until a certificate ends.", ["name"], registry=r
         )
+        self.rpcs = Counter(f"{PREFIX}_rpc", "Calls.", ["method", "code"], registry=r)
+        self.rpc_seconds = Histogram(
+            f"{PREFIX}_rpc_seconds", "Call to answer.", ["method", "code"], buckets=SECONDS, registry=r
+        )
         self.loop_lag = Histogram(
             f"{PREFIX}_loop_lag_seconds", "How late the loop runs.", buckets=FAST_SECONDS, registry=r
         )
@@ -93,6 +97,14 @@ class Metrics:
         for flow in flows:
             key = (flow.layer, flow.verdict, flow.reason if flow.reason in _REASONS else "other")
             decisions[key] = decisions.get(key, 0) + 1
+
+    def count_rpc(self, method: str, code: str, seconds: float) -> None:
+        """
+        Count one served call; `method` is the full name of a method that exists.
+        """
+        name = method.rpartition("/")[2]
+        self.rpcs.labels(name, code).inc()
+        self.rpc_seconds.labels(name, code).observe(seconds)
 
     def collect(self) -> Iterable[Metric]:
         """

@@ -146,6 +146,14 @@ class Console:
             self._attached = False
             self._resume()
 
+    async def wait_ended(self) -> None:
+        """
+        Wait until the output has ended and all of it was read; whoever is attached sets the pace.
+        """
+        while not self._ended:
+            self._ready.clear()
+            await self._ready.wait()
+
     def close(self) -> None:
         """
         Give everything back and end the holder: the sandbox is gone. Safe to call twice.
