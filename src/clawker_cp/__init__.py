@@ -1,3 +1,58 @@
 """
 The control plane of a host that runs AI agents: egress decided in the kernel and by name.
+
+The components that other programs use are importable from here by name; each is loaded when it is first asked for.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clawker_cp.auth.introspect import HydraIntrospector, IntrospectionResult, Introspector
+    from clawker_cp.auth.scopes import admin_method_scopes, agent_method_scopes, control_method_scopes
+    from clawker_cp.processes.health import HealthCheck
+    from clawker_cp.processes.manager import ManagedSubprocess, SubprocessManager
+    from clawker_cp.rpc.admin import new_admin_server
+    from clawker_cp.rpc.auth import AuthInterceptor
+
+_MODULES = {
+    "AuthInterceptor": "rpc.auth",
+    "HealthCheck": "processes.health",
+    "HydraIntrospector": "auth.introspect",
+    "IntrospectionResult": "auth.introspect",
+    "Introspector": "auth.introspect",
+    "ManagedSubprocess": "processes.manager",
+    "SubprocessManager": "processes.manager",
+    "admin_method_scopes": "auth.scopes",
+    "agent_method_scopes": "auth.scopes",
+    "control_method_scopes": "auth.scopes",
+    "new_admin_server": "rpc.admin",
+}
+
+__all__ = [
+    "AuthInterceptor",
+    "HealthCheck",
+    "HydraIntrospector",
+    "IntrospectionResult",
+    "Introspector",
+    "ManagedSubprocess",
+    "SubprocessManager",
+    "admin_method_scopes",
+    "agent_method_scopes",
+    "control_method_scopes",
+    "new_admin_server",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -152,10 +152,11 @@ class Authorizer:
         return self._cache.drop(token_digest=token_sha256, client_id=client_id, everything=everything)
 
     def statistics(self) -> dict[str, int]:
-        """The cache's counts, questions on their way or waiting, how many failed and how many were not taken."""
+        """The cache's counts; questions on their way, who waits for them, how many failed, how many were not taken."""
         return {
             **self._cache.statistics(),
             "asking": len(self._flights),
+            "waiting": sum(flight.callers for flight in self._flights.values()),
             "errors": self.errors,
             "overloads": self.overloads,
         }

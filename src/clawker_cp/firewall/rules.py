@@ -115,7 +115,9 @@ class RuleInvalid(InvalidInput):
         first = problems[0] if problems else None
         super().__init__(
             "; ".join(str(problem) for problem in problems) or "the rules are not valid",
-            details={"index": str(first.index), "dst": first.dst, "problem": f"{first.field} {first.text}"} if first else {},
+            details={"index": str(first.index), "dst": first.dst, "problem": f"{first.field} {first.text}"}
+            if first
+            else {},
         )
         self.problems = tuple(problems)
 

@@ -4,6 +4,7 @@ How long an answer may take, and how much a listener takes in (contract 5.5).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 ANSWER_S = 12.0  # the released CLI waits 15 s for everything
@@ -26,20 +27,47 @@ def answer_within(context: Any, limit_s: float = ANSWER_S) -> float:
     return limit_s if left is None else max(min(left - MARGIN_S, limit_s), 0.05)
 
 
-def listener_options() -> list[tuple[str, int]]:
+@dataclass(frozen=True, slots=True)
+class ListenerLimits:
     """
-    The gRPC options of a listener: message and metadata sizes, streams, keepalive, handshakes.
+    What one listener takes in. Calls at once times message size bounds what strangers can make it hold in memory.
+    """
+
+    message_bytes: int = MESSAGE_BYTES
+    metadata_bytes: int = METADATA_BYTES
+    streams_per_connection: int = STREAMS_PER_CONNECTION
+    connections: int = CONNECTIONS
+    calls: int = 1024
+    handshake_s: float = HANDSHAKE_S
+    idle_s: float = 600.0
+
+
+# Operators, with a certificate that no agent has.
+ADMIN_LIMITS = ListenerLimits()
+# Agents say who they are and nothing else: every one of them may be hostile.
+AGENT_LIMITS = ListenerLimits(message_bytes=64 * 1024, calls=512)
+
+
+def listener_options(limits: ListenerLimits = ADMIN_LIMITS) -> list[tuple[str, int]]:
+    """
+    The gRPC options of a listener: message and metadata sizes, streams, connections, handshakes, keepalive.
+
+    Compressed messages are refused: nobody sends them, and a small one can unfold to the size limit.
     """
     return [
-        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", limits.message_bytes),
         ("grpc.max_send_message_length", MESSAGE_BYTES),
-        ("grpc.max_metadata_size", METADATA_BYTES),
-        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
-        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
-        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1000)),
+        # One limit, not a soft and a hard one, between which grpc refuses at random.
+        ("grpc.max_metadata_size", limits.metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.metadata_bytes),
+        ("grpc.max_concurrent_streams", limits.streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
+        ("grpc.max_connection_idle_ms", int(limits.idle_s * 1000)),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.so_reuseport", 0),
     ]

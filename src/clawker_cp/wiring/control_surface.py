@@ -165,7 +165,9 @@ class ControlSurface:
         self.tokens = TokenService(settings, controlplane, tree, database, (LOOPBACK, gateway))
         ports = settings.cli.control_plane
         self._health = HttpListener(
-            "health", Application({("/healthz", "GET"): self._healthz}), [(LOOPBACK, ports.health_port), (gateway, ports.health_port)]
+            "health",
+            Application({("/healthz", "GET"): self._healthz}),
+            [(LOOPBACK, ports.health_port), (gateway, ports.health_port)],
         )
         self._scrape = HttpListener(
             "metrics", Application({("/metrics", "GET"): self._render}), [(LOOPBACK, settings.metrics_port)]
@@ -263,7 +265,7 @@ class ControlSurface:
 
 
 async def _accepts(host: str, port: int, tls: ssl.SSLContext) -> bool:
-    """Whether something listens and shows a certificate of ours; it will want one of the caller, which we have none of."""
+    """Whether something that has our certificate listens; what it wants of us in return is not tried."""
     try:
         _, writer = await asyncio.open_connection(host, port, ssl=tls, server_hostname="localhost")
     except (OSError, asyncio.IncompleteReadError):

@@ -1,0 +1,38 @@
+"""
+grpc, imported so that it refuses TLS 1.2 (contract 4.3). Everything in `rpc` takes it from here.
+
+grpc offers no lowest TLS version. It does offer the cipher suites of TLS 1.2, in a variable that it reads once, when
+it is imported: with one suite for RSA alone no TLS 1.2 handshake succeeds on our ECDSA leaf, while the suites of
+TLS 1.3 are not affected. The variable is put back at once, so that no child and no agent inherits it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+SUITES_VARIABLE = "GRPC_SSL_CIPHER_SUITES"
+SUITES = "ECDHE-RSA-AES256-GCM-SHA384"
+
+
+def _load() -> bool:
+    """Import grpc; False if somebody did so before and it may take TLS 1.2, which the auth interceptor then refuses."""
+    if "grpc" in sys.modules:
+        return False
+    before = os.environ.get(SUITES_VARIABLE)
+    os.environ[SUITES_VARIABLE] = SUITES
+    try:
+        import grpc  # noqa: F401 - this is the point
+    finally:
+        if before is None:
+            del os.environ[SUITES_VARIABLE]
+        else:
+            os.environ[SUITES_VARIABLE] = before
+    return True
+
+
+TLS_1_3_ONLY = _load()
+
+import grpc  # noqa: E402 - after the variable was set
+
+__all__ = ["TLS_1_3_ONLY", "grpc"]

@@ -1,0 +1,86 @@
+"""TLS 1.2 is refused in the handshake, and nobody inherits how."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import sys
+from pathlib import Path
+
+import pytest
+
+from clawker_cp.rpc.transport import SUITES_VARIABLE
+from clawker_cp.testing.rpc_world import RpcWorld
+
+# In a process of its own: grpc reads its cipher suites once per process, and other tests import grpc first.
+CHILD = """
+import asyncio, os, sys
+from pathlib import Path
+{first}
+from clawker_cp.rpc.services import admin_service
+from clawker_cp.rpc import transport
+from clawker_cp.rpc.auth import AuthInterceptor
+from clawker_cp.rpc.server import RpcServer
+from clawker_cp.rpc.tls import TlsMaterial
+from clawker_cp.testing.rpc_world import SCOPES, Authority, Kinds
+
+certificate, key, ca = (Path(path).read_bytes() for path in sys.argv[1:4])
+
+async def main():
+    server = RpcServer(
+        "child", ["127.0.0.1:0"], lambda: TlsMaterial(certificate, key, ca), AuthInterceptor(Authority(), SCOPES),
+        [Kinds().register],
+    )
+    (port,) = await server.start()
+    print(port, transport.TLS_1_3_ONLY, os.environ.get(transport.SUITES_VARIABLE), flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+
+
+async def handshake(port: int, world: RpcWorld, version: ssl.TLSVersion) -> str:
+    """The version agreed on with a client that offers one version and a good certificate, or what went wrong."""
+    context = world.ca.client_context()
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(world.cli.certificate, world.cli.key)
+    try:
+        async with asyncio.timeout(10):
+            _, writer = await asyncio.open_connection("localhost", port, ssl=context)
+    except (ssl.SSLError, ConnectionError):
+        return "refused"
+    agreed: str = writer.get_extra_info("ssl_object").version()
+    writer.close()
+    return agreed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("late", "before"), [(False, None), (False, "HIGH"), (True, None)])
+async def test_tls_1_2_is_refused_in_the_handshake(tmp_path: Path, before: str | None, late: bool) -> None:
+    """A client that offers nothing newer gets no connection; where grpc came first that is known; no variable stays."""
+    world = RpcWorld(tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != SUITES_VARIABLE}
+    if before is not None:
+        environment[SUITES_VARIABLE] = before
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CHILD.format(first="import grpc" if late else ""), str(world.server.certificate),
+        str(world.server.key), str(world.ca.certificate),
+        env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        async with asyncio.timeout(30):
+            port, only, variable = (await child.stdout.readline()).decode().split()
+        assert (only, variable) == (str(not late), str(before))
+        assert await handshake(int(port), world, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+        expected = "TLSv1.2" if late else "refused"
+        assert await handshake(int(port), world, ssl.TLSVersion.TLSv1_2) == expected
+    finally:
+        assert child.stdin is not None
+        child.stdin.close()
+        async with asyncio.timeout(30):
+            await child.wait()
