@@ -8,32 +8,31 @@ are in `wiring`.
 from __future__ import annotations
 
 import asyncio
-import fcntl
+import datetime as dt
 import ipaddress
 import os
-import platform
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import structlog
 
-from clawker_cp.agents.lifecycle import LifeRequest, SandboxLives
+from clawker_cp.agents.database import Database
+from clawker_cp.agents.directory import full_name
+from clawker_cp.agents.lifecycle import SandboxLives
+from clawker_cp.agents.quarantines import Quarantines
+from clawker_cp.agents.registry import Registry
 from clawker_cp.agents.roster import Roster
+from clawker_cp.agents.sandbox_rows import SandboxRows
 from clawker_cp.config import Directories, Settings, environment, load_settings
 from clawker_cp.dns.gate import Gate
-from clawker_cp.dns.settings import BudgetSettings, GateSettings
 from clawker_cp.ebpf import Manager
-from clawker_cp.engines.base import HostFeature, Sandbox, SandboxSpec
-from clawker_cp.engines.host.cgroups import find_cgroup2
+from clawker_cp.engines.base import HostFeature, Sandbox
 from clawker_cp.engines.host.engine import HostEngine
-from clawker_cp.engines.host.network import gateway_of
-from clawker_cp.engines.host.preflight import host_features
-from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unsupported
+from clawker_cp.errors import ClawkerError, Unsupported
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.envoy.access_log import AccessLogTail
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_roots
@@ -42,25 +41,45 @@ from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.firewall.plan import Topology
 from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.firewall.resolving import PolicyNames
+from clawker_cp.firewall.rulebook import RuleBook
 from clawker_cp.firewall.rules import agent_scope
 from clawker_cp.firewall.store import RuleStore
+from clawker_cp.pki.tree import MOUNTED, find_tree
 from clawker_cp.processes.lasting import LastingProcess
+from clawker_cp.rpc.admin import FirewallAddresses, new_admin_server
+from clawker_cp.rpc.control import ControlServicer
+from clawker_cp.rpc.control_agents import AgentRpcs
+from clawker_cp.rpc.control_flows import FlowRpcs
+from clawker_cp.rpc.control_rules import RuleRpcs
+from clawker_cp.rpc.control_sandboxes import SandboxRpcs
 from clawker_cp.rpc.local_protocol import SOCKET_NAME
 from clawker_cp.rpc.local_server import ORPHAN_GRACE_S, LocalServer
+from clawker_cp.runtime.health import HealthRegistry
+from clawker_cp.runtime.overseer import Overseer
+from clawker_cp.runtime.startup import CPStartupOrchestrator
 from clawker_cp.runtime.tasks import supervise
 from clawker_cp.telemetry.connections import Connections
 from clawker_cp.telemetry.flowlog import FlowLog
+from clawker_cp.telemetry.metrics import Metrics
+from clawker_cp.wiring.agent_control import AgentControl
+from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
+from clawker_cp.wiring.control_surface import ControlSurface
 from clawker_cp.wiring.enforcement import HostEnforcement
+from clawker_cp.wiring.firewall_control import FirewallControl, gate_answers
+from clawker_cp.wiring.health_keeper import HealthKeeper
+from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_bundle
 from clawker_cp.wiring.reports import Reports
+from clawker_cp.wiring.sandbox_service import SandboxService, host_ids
+from clawker_cp.wiring.server_status import ServerStatus
+from clawker_cp.wiring.translation import adopted_request, gate_settings, life_request, refuse_what_is_not_offered
 
 log = structlog.get_logger()
 
-RUN_DIRECTORY = Path("/run/clawker")
-PID_FILE = "cp.pid"
 DRAIN_LIMIT_S = 25.0
 GARBAGE_EVERY_S = 30.0
+SOS_KEPT_S = 2.0
+CERTIFICATES_EVERY_S = 3600.0
 UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
-NO_RULES = "rules: []\n"
 NEVER_ROUTED = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4", "0.0.0.0/8", "::1/128", "fe80::/10")
 
 
@@ -76,63 +95,6 @@ def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None 
         cache=directories.cache,
     )
     return load_settings(directories, environment()), directories
-
-
-def preflight(settings: Settings) -> list[HostFeature]:
-    """
-    What this host has of what enforcement needs. Looks only; changes nothing.
-    """
-    root = os.geteuid() == 0
-    nothing = "nothing can be enforced"
-    pin_parent = Path(settings.firewall.pin_dir).parent
-    docker = Path("/var/run/docker.sock").exists()
-    rows = [
-        HostFeature(
-            "root", root, required=True, detail="running as root" if root else "not root", need="run with sudo",
-            cost=nothing,
-        ),
-        HostFeature(
-            "kernel", _kernel_at_least(6, 2), required=True, detail=platform.release(), need="Linux 6.2 or later",
-            cost=nothing,
-        ),
-        HostFeature(
-            "BTF", Path("/sys/kernel/btf/vmlinux").exists(), required=True, detail="/sys/kernel/btf/vmlinux",
-            need="a kernel with CONFIG_DEBUG_INFO_BTF", cost=nothing,
-        ),
-        HostFeature(
-            "bpffs", _is_bpffs(pin_parent), required=True, detail=str(pin_parent),
-            need=f"mount -t bpf bpf {pin_parent}", cost="enforcement would not survive the control plane",
-        ),
-    ]  # fmt: skip
-    for name, find in (("cgroup2", find_cgroup2), ("envoy", partial(find_binary, settings.envoy.binary))):
-        try:
-            rows.append(HostFeature(name, True, required=True, detail=str(find())))
-        except ClawkerError as error:
-            rows.append(HostFeature(name, False, required=True, detail=str(error), need=error.hint or "", cost=nothing))
-    rows += [
-        replace(row, required=settings.firewall.host_ring) if row.name == "host ring" else row
-        for row in host_features(settings.host.bridge, settings.host.subnet, gateway_of(settings.host.subnet))
-    ]
-    rows.append(
-        HostFeature(
-            "docker", docker, required=False, detail="daemon socket" if docker else "no daemon",
-            need="a Docker daemon", cost="sandboxes of this host only",
-        )
-    )  # fmt: skip
-    return rows
-
-
-def _kernel_at_least(major: int, minor: int) -> bool:
-    numbers = platform.release().split("-")[0].split(".")
-    return tuple(int(n) for n in numbers[:2] if n.isdecimal()) >= (major, minor)
-
-
-def _is_bpffs(path: Path) -> bool:
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text()
-    except OSError:
-        return False
-    return any(line.split()[4] == str(path) and " - bpf " in line for line in mounts.splitlines())
 
 
 class ControlPlane:
@@ -197,6 +159,7 @@ class ControlPlane:
             self._connections,
             plan=lambda: self._policy.plan,
             host_ring=settings.firewall.host_ring,
+            host_proxy_port=settings.host_proxy.port if settings.host_proxy.enabled else 0,
         )
         self._names = PolicyNames()
         self._policy = Reconciler(
@@ -212,6 +175,7 @@ class ControlPlane:
             self._manager,
             lambda: self._policy.plan.rule_ids,
             self._engine.exit_code,
+            count=lambda flows: self._metrics.count_flows(flows),
         )
         self._gate = Gate(
             gate_settings(settings, self._engine.gateway),
@@ -228,6 +192,101 @@ class ControlPlane:
             self._reports,
             partial(life_request, inbound=settings.firewall.inbound),
         )
+        self._make_services()
+
+    def _make_services(self) -> None:
+        """What other programs call: firewall, agents, sandboxes, status."""
+        settings, directories, gateway = self._settings, self._directories, self._engine.gateway
+        self._events = Overseer()
+        self._health = HealthRegistry()
+        self._startup = CPStartupOrchestrator(components=self._health.components)
+        self._metrics = Metrics(
+            flows=self._flows,
+            components=self._health.components,
+            agents=lambda: self._status.agent_states(),
+            state=lambda: self._status.policy_numbers(),
+        )
+        self._tree = find_tree(directories.data)
+        self._database = Database(directories.data / "controlplane" / "controlplane.db")
+        self._quarantines = Quarantines(self._database)
+        self._rules = RuleBook(self._policy, hits=lambda: self._reports.hits)
+        self._agents = AgentControl(
+            self._policy,
+            self._enforcement,
+            self._roster,
+            self._quarantines,
+            self._engine.living,
+            bypass_default_s=settings.firewall.bypass_default_s,
+            bypass_max_s=settings.firewall.bypass_max_s,
+            acknowledge_disable=settings.firewall.on_disable == "acknowledge",
+        )
+        self._firewall = FirewallControl(
+            self._policy,
+            self._manager,
+            self._envoy,
+            self._authority,
+            self._rules,
+            self._agents,
+            load=self._load_kernel,
+            running=lambda: [full_name(one.project, one.agent) for one in self._engine.living()],
+            gate_answers=partial(gate_answers, gateway),
+            publish_ca=self._write_bundle,
+            addresses=FirewallAddresses(gateway, gateway, f"host:{settings.host.bridge}", self._engine.subnet),
+        )
+        self._lives.require(self._firewall.require_up)
+        self._sandboxes = SandboxService(
+            self._lives,
+            SandboxRows(self._database),
+            self._roster,
+            require_up=self._firewall.require_up,
+            gone=self._client_gone,
+            living=self._engine.living,
+        )
+        self._surface = ControlSurface(
+            settings, directories, self._tree, self._database, self._startup, self._metrics, gateway=gateway
+        )
+        self._status = ServerStatus(
+            self._policy,
+            self._manager,
+            self._envoy,
+            self._roster,
+            self._tree,
+            self._health,
+            self._rows,
+            gateway=gateway,
+            up=lambda: self._firewall.up,
+            is_ready=lambda: self._startup.is_ready,
+            authority_answers=self._surface.tokens.answers,
+            parent_exists=lambda: self._engine.parent_cgroup.is_dir(),
+        )
+        self._keeper = HealthKeeper(self._health, self._status.checks())
+
+    def _servicers(self) -> tuple[object, object]:
+        """AdminService and ControlService over the domain handlers."""
+        view = AgentView(
+            self._roster,
+            Registry(self._database),
+            self._agents,
+            engine="host",
+            enrolled=self._enforcement.enrolled,
+        )
+        revocation = TokenRevocation(self._surface.tokens.authority, [self._surface.make_auth()])
+        control = ControlServicer(
+            RuleRpcs(self._rules, view, self._flows, grant_max_s=self._settings.firewall.grant_max_s),
+            FlowRpcs(self._flows, self._events, view),
+            AgentRpcs(self._status.status, view, view, revocation),
+            SandboxRpcs(
+                self._sandboxes,
+                ids=lambda: host_ids(environment()),
+                policy_of=self._policy_number,
+                inbound=self._settings.firewall.inbound,
+            ),
+        )
+        return new_admin_server(self._firewall, Registry(self._database), start=self._startup), control
+
+    def _policy_number(self, sandbox_id: str) -> int:
+        agent = self._roster.by_id(sandbox_id)
+        return agent.policy if agent is not None else 0
 
     async def run(self, stop: asyncio.Event, *, on_ready: Callable[[], None]) -> int:
         """
@@ -242,63 +301,105 @@ class ControlPlane:
                 needs=missing[0].need,
                 hint="; ".join(row.need for row in missing),
             )
-        self._make_directories()
+        make_directories(self._directories)
         async with AsyncExitStack() as drain:
-            drain.callback(self._take_pid_file().close)
+            drain.callback(take_pid_file().close)
+            await asyncio.to_thread(self._open_files)
+            drain.callback(self._database.close)
             await self._serve(stop, on_ready, drain)
         return 0
+
+    def _open_files(self) -> None:
+        """Certificates, the database, the authority's keys: verified before anything is bound."""
+        if self._tree.root == MOUNTED:
+            self._tree.verify()
+        else:
+            self._tree.ensure()
+        self._database.open()
+        self._surface.tokens.load(time.time())
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[], None], drain: AsyncExitStack) -> None:
         log.info("cp_starting", pid=os.getpid(), state=str(self._directories.state))
         await self._engine.start()
         adopted = self._engine.living()
-        report = await asyncio.to_thread(self._manager.load, self._engine.parent_cgroup)
-        for cgroup_id in set(self._manager.agents()) - {sandbox.cgroup_id for sandbox in adopted}:
-            self._manager.withdraw(cgroup_id)  # its cgroup is gone, and ids are not reused
-        await self._learn_addresses()
-        self._authority.open()
-        self._write_bundle()
         ready = False
         try:
             async with asyncio.TaskGroup() as group:
-                await self._gate.start(group)
-                drain.push_async_callback(self._gate.aclose)
-                for sandbox in adopted:
-                    request = adopted_request(sandbox.spec)
-                    self._policy.preload(
-                        agent_scope(sandbox.project, sandbox.agent), request.rules, learn=request.learn
-                    )
-                await self._policy.start()
-                for sandbox in adopted:
-                    await self._adopt(sandbox)
-                self._access_log.open()
-                self._local.open()
-                running = self._start_parts(group)
-                running += [group.create_task(self._follow_adopted(s.id), name="adopted") for s in adopted]
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup, group)
-                log.info("cp_ready", agents=len(adopted), adopted=report.adopted)
+                running = await self._start(group, drain, adopted)
                 ready = True
+                self._startup.set_ready()
+                log.info("cp_ready", agents=len(adopted))
                 on_ready()
                 await self._wait_for_end(stop, group)
                 log.info("drain_started", agents=len(self._lives))
                 self._local.close()
+                self._policy.close()
+                await self._surface.close()
                 for task in running:
                     task.cancel()
-                self._policy.close()
         finally:
             # However a server that was ready ends, a failed part included, it drains once.
             if ready:
                 self._local.close()
                 await self._drain()
 
+    async def _start(
+        self, group: asyncio.TaskGroup, drain: AsyncExitStack, adopted: list[Sandbox]
+    ) -> list[asyncio.Task[None]]:
+        """Open what others call, bring the firewall up, take over what runs; returns what is cancelled at the end."""
+        try:
+            await self._surface.open(group, *self._servicers())
+            await self._gate.start(group)
+            drain.push_async_callback(self._gate.aclose)
+            await asyncio.to_thread(self._authority.open)
+            self._write_bundle()
+            for sandbox in adopted:
+                request = adopted_request(sandbox.spec)
+                self._policy.preload(agent_scope(sandbox.project, sandbox.agent), request.rules, learn=request.learn)
+            if self._settings.cli.firewall.enable or adopted:
+                await self._firewall.bring_up()
+                self._surface.probe_also(self._status.probes())
+            self._access_log.open()
+            running = self._start_parts(group)
+            await self._sandboxes.wait_running()
+            for sandbox in adopted:
+                await self._adopt(sandbox)
+            self._local.open()
+        except BaseException as error:
+            self._startup.set_failed(str(error) or type(error).__name__)
+            if not self._ephemeral and isinstance(error, Exception):
+                await asyncio.sleep(SOS_KEPT_S)  # whoever watches the start hears why
+            await self._surface.close()
+            raise
+        running.append(group.create_task(self._local.serve(self._client_gone), name="local"))
+        owned = {sandbox.id for sandbox in adopted if self._sandboxes.adopt(sandbox)}
+        running += [group.create_task(self._follow_adopted(s.id), name="adopted") for s in adopted if s.id not in owned]
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup, group)
+        return running
+
+    def _write_bundle(self) -> None:
+        write_bundle(self._directories.data / "ca-bundle", self._options.roots, self._authority.certificate_pem())
+
+    async def _load_kernel(self) -> None:
+        """Attach the programs, drop rows of cgroups that are gone, and tell them what no rule opens."""
+        await asyncio.to_thread(self._manager.load, self._engine.parent_cgroup)
+        living = {sandbox.cgroup_id for sandbox in self._engine.living()}
+        for cgroup_id in set(self._manager.agents()) - living:
+            self._manager.withdraw(cgroup_id)  # its cgroup is gone, and ids are not reused
+        await self._learn_addresses()
+
     def _start_parts(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Start what runs beside serving; all but the reconciler are retried when they fail."""
         parts: list[tuple[str, Callable[[], Awaitable[None]], str]] = [
-            ("envoy", self._envoy.supervise, "new proxied connections are refused"),
+            ("envoy", self._firewall.supervise_proxy, "new proxied connections are refused"),
             ("kernel_events", self._reports.poll_kernel, "kernel decisions are not recorded"),
             ("flows", self._flows.run, "flow records on disk"),
             ("access_log", partial(self._access_log.run, self._reports.proxy), "proxy decisions are not recorded"),
             ("garbage", self._collect_garbage, "expired names stay a while"),
+            ("bypasses", self._agents.run, "connections outlive a bypass until their next packet"),
+            ("sandboxes", self._sandboxes.run, "no sandbox can be created"),
+            ("health", self._keeper.run, "health is not known"),
+            ("certificates", self._renew_certificates, "certificates are not renewed"),
         ]
         # Not among those that are cancelled: `close` lets it finish what it has accepted.
         group.create_task(self._policy.run(), name="reconciler")
@@ -306,12 +407,20 @@ class ControlPlane:
             group.create_task(supervise(name, factory, blast_radius=radius), name=name)
             for name, factory, radius in parts
         ]
-        return [*tasks, group.create_task(self._local.serve(self._client_gone), name="local")]
+        return tasks
 
     async def _adopt(self, sandbox: Sandbox) -> None:
         """Take one sandbox over; one that cannot be is left as the kernel has it and does not stop the others."""
         try:
-            await self._lives.adopt(sandbox, adopted_request(sandbox.spec))
+            row = self._manager.agents().get(sandbox.cgroup_id)
+            quarantined = await asyncio.to_thread(self._quarantines.get, sandbox.id)
+            agent = await self._lives.adopt(
+                sandbox,
+                adopted_request(sandbox.spec),
+                bypass_until_ns=row.bypass_until_ns if row is not None else 0,
+                quarantined=quarantined is not None,
+            )
+            self._agents.follow_bypass(agent)
         except ClawkerError as error:
             log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
 
@@ -377,8 +486,19 @@ class ControlPlane:
     async def _collect_garbage(self) -> None:
         while True:
             await asyncio.sleep(GARBAGE_EVERY_S)
-            self._manager.collect_garbage()
-            await self._learn_addresses()
+            if self._firewall.up:
+                self._manager.collect_garbage()
+                await self._learn_addresses()
+
+    async def _renew_certificates(self) -> None:
+        """Renew our own leaves and those of inspection before they end."""
+        while True:
+            renewed = await asyncio.to_thread(self._tree.renew)
+            if renewed:
+                self._surface.tokens.refresh()
+            if self._authority.next_renewal() <= dt.datetime.now(dt.UTC) and self._firewall.up:
+                await self._policy.reconcile()
+            await asyncio.sleep(CERTIFICATES_EVERY_S)
 
     async def _learn_addresses(self) -> None:
         """Keep this host's own addresses, as they are now, out of every rule's reach (R12)."""
@@ -395,106 +515,3 @@ class ControlPlane:
         self._gate.set_reserved(reserved)
         if self._settings.firewall.host_ring:
             await self._engine.ring.reserve([str(network) for network in reserved])
-
-    def _make_directories(self) -> None:
-        self._directories.firewall.mkdir(parents=True, exist_ok=True, mode=0o755)
-        self._directories.state.mkdir(parents=True, exist_ok=True, mode=0o711)
-        RUN_DIRECTORY.mkdir(parents=True, exist_ok=True, mode=0o755)
-
-    def _write_bundle(self) -> None:
-        """System roots and our inspection CA, as sandboxes get them (contract 8.6)."""
-        directory = self._directories.data / "ca-bundle"
-        directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        Path("/usr/local/share/clawker/ca").mkdir(parents=True, exist_ok=True)
-        own = self._authority.certificate_pem()
-        for name, text in (("ca.pem", own), ("bundle.pem", self._options.roots.read_text() + own)):
-            temporary = directory / f".clawker-{name}.tmp"
-            temporary.write_text(text)
-            temporary.chmod(0o644)
-            temporary.replace(directory / name)
-
-    def _take_pid_file(self) -> Any:
-        path = RUN_DIRECTORY / PID_FILE
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise Conflict(
-                f"a control plane runs on this host already (see {path})",
-                code="ALREADY_RUNNING",
-                hint="`clawker-cp run` joins it",
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        return file
-
-
-def gate_settings(settings: Settings, gateway: str) -> GateSettings:
-    """
-    The gate's settings from the operator's and the engine's gateway.
-    """
-    budget = settings.dns.budget
-    return GateSettings(
-        address=gateway,
-        proxy_view_port=settings.dns.proxy_view_port,
-        forwarders=tuple(settings.dns.forwarders),
-        zones={zone: tuple(servers) for zone, servers in settings.dns.zones.items()},
-        control_plane_address=gateway,
-        host_proxy_address=gateway,
-        gateway_address=gateway,
-        internal_names=tuple(settings.dns.internal_names),
-        budget=BudgetSettings(names=budget.names, name_bytes=budget.bytes, txt=budget.txt),
-    )
-
-
-def refuse_what_is_not_offered(settings: Settings) -> None:
-    """
-    Raise `Unsupported` for settings that ask for something this version does not do.
-
-    A setting that is accepted and then ignored would be worse than an error.
-    """
-    asked = {
-        "engine: docker": settings.engine == "docker",
-        "stack: container": settings.stack == "container",
-        f"dns.coredns: {settings.dns.coredns}": bool(settings.dns.coredns),
-        "oauth.implementation: hydra": settings.oauth.implementation == "hydra",
-        f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),
-        f"telemetry.otlp_endpoint: {settings.telemetry.otlp_endpoint}": bool(settings.telemetry.otlp_endpoint),
-        "firewall.on_exposure: quarantine": settings.firewall.on_exposure == "quarantine",
-    }
-    for what, wanted in asked.items():
-        if wanted:
-            raise Unsupported(
-                f"{what} is not offered by this version",
-                feature=what.partition(":")[0],
-                hint="take it out of control-plane.yaml; docs/operations.md says what is in effect",
-            )
-
-
-def life_request(request: Mapping[str, Any], *, inbound: str = "host") -> LifeRequest:
-    """
-    A client's request as spec and rules; the rules stay with the record for an adopting start.
-
-    Raises `InvalidInput` naming what is missing or wrong, and for a port to publish where
-    `firewall.inbound` is `none` (R33).
-    """
-    rules = request.get("rules", NO_RULES)
-    if not isinstance(rules, str):
-        raise InvalidInput("rules: has to be a YAML document as text")
-    learn = bool(request.get("learn", False))
-    try:
-        spec = SandboxSpec.from_mapping({**request, "extra": {"rules": rules, "learn": learn}})
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"the request to run a sandbox is malformed: {error}") from error
-    if spec.publish and inbound == "none":
-        raise InvalidInput("--publish: firewall.inbound is none, no port is published", hint="set it to host")
-    return LifeRequest(spec, rules, learn)
-
-
-def adopted_request(spec: SandboxSpec) -> LifeRequest:
-    """
-    The request an adopted sandbox was started with.
-    """
-    return LifeRequest(spec, str(spec.extra.get("rules", NO_RULES)), bool(spec.extra.get("learn", False)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from clawker_cp.app import NO_RULES, adopted_request, life_request, refuse_what_is_not_offered
+from clawker_cp.wiring.translation import NO_RULES, adopted_request, life_request, refuse_what_is_not_offered
 from clawker_cp.config import Settings, known_keys
 from clawker_cp.errors import InvalidInput, Unsupported
 

@@ -101,17 +101,25 @@ class SandboxLives:
         self._enforcement = enforcement
         self._roster = roster
         self._settle = settle
+        self._require: Callable[[], None] = lambda: None
         self._lives: dict[str, EnrolledAgent] = {}
         self._ending: dict[str, asyncio.Event] = {}
 
     def __len__(self) -> int:
         return len(self._lives)
 
+    def require(self, check: Callable[[], None]) -> None:
+        """
+        Call `check` before anything is made for a sandbox; what it raises refuses it.
+        """
+        self._require = check
+
     @asynccontextmanager
     async def prepared(self, request: LifeRequest) -> AsyncIterator[SandboxLike]:
         """
         Create and enrol a sandbox in which nothing runs yet; it is undone if the body fails.
         """
+        self._require()
         sandbox = await self._engine.create(request.spec)
         agent = _agent_of(sandbox, request)
         self._lives[agent.id] = agent
@@ -133,18 +141,26 @@ class SandboxLives:
         """
         await self._engine.run(sandbox_id, streams)
 
-    async def adopt(self, sandbox: SandboxLike, request: LifeRequest) -> None:
+    async def adopt(
+        self, sandbox: SandboxLike, request: LifeRequest, *, bypass_until_ns: int = 0, quarantined: bool = False
+    ) -> EnrolledAgent:
         """
-        Take over a sandbox that ran on without us; its rules are in force already.
+        Take over a sandbox that ran on without us; its rules are in force already. Deadline and quarantine stay.
 
         If the kernel refuses the row, what it had stays as it is, and the failure is raised.
         """
         agent = _agent_of(sandbox, request)
-        agent = replace(agent, policy=self._policy.policy_of(agent.key))
+        agent = replace(
+            agent,
+            policy=self._policy.policy_of(agent.key),
+            bypass_until_ns=bypass_until_ns,
+            quarantined=quarantined,
+        )
         self._lives[agent.id] = agent
         self._roster.put(agent)
         await self._enforcement.enroll(agent, sandbox)
         log.info("agents_adopted", id=agent.id, agent=agent.key, policy=agent.policy)
+        return agent
 
     def knows(self, sandbox_id: str) -> bool:
         """

@@ -2,7 +2,7 @@
 `clawker-cp check`: what this host has of what enforcement needs, as a table.
 
 Prints what is there, what is missing and what that costs; changes nothing. The rows come from
-`app.preflight`.
+`wiring.host_table`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import click
 import orjson
 
-from clawker_cp.app import load_configuration, preflight
+from clawker_cp.app import load_configuration
 from clawker_cp.errors import Unsupported
+from clawker_cp.wiring.host_table import preflight
 
 
 @click.command("check")

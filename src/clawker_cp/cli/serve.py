@@ -13,11 +13,12 @@ from pathlib import Path
 import click
 import orjson
 
-from clawker_cp.app import ControlPlane, load_configuration, preflight
+from clawker_cp.app import ControlPlane, load_configuration
 from clawker_cp.cli.check import check
 from clawker_cp.errors import ClawkerError
 from clawker_cp.runtime.runner import run_until_signal
 from clawker_cp.telemetry.log import configure
+from clawker_cp.wiring.host_table import preflight
 
 
 @click.command("serve")

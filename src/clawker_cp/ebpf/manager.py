@@ -130,6 +130,11 @@ class Manager:
         log.info("pins_adopted" if adopted else "ebpf_loaded", pin_dir=str(self._pin_dir))
         return LoadReport(adopted, replaced, len(self._maps["container_map"].all_keys()))
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the programs are attached and the maps can be written."""
+        return self._ring is not None
+
     def close(self) -> None:
         """
         Give descriptors back; enforcement stays pinned. Safe to call twice.

@@ -5,7 +5,7 @@ ControlService, the part about sandboxes: create, list, remove, and the two-way 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class Sandboxes(Protocol):
     """`wiring.sandbox_service`."""
 
     async def create(self, spec: SandboxSpec, *, auto_remove: bool) -> tuple[RowLike, Sandbox]: ...
-    def listed(self, *, everything: bool) -> list[tuple[RowLike, Sandbox | None]]: ...
+    def listed(self, *, everything: bool) -> Sequence[tuple[RowLike, Sandbox | None]]: ...
     async def remove(self, reference: str, *, force: bool, grace_s: float) -> None: ...
     def attach(self, reference: str) -> AbstractAsyncContextManager[Any]: ...
 

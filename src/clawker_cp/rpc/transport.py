@@ -3,7 +3,7 @@ grpc, imported so that it refuses TLS 1.2 (contract 4.3). Everything in `rpc` ta
 
 grpc offers no lowest TLS version. It does offer the cipher suites of TLS 1.2, in a variable that it reads once, when
 it is imported: with one suite for RSA alone no TLS 1.2 handshake succeeds on our ECDSA leaf, while the suites of
-TLS 1.3 are not affected. The variable is put back at once, so that no child and no agent inherits it.
+TLS 1.3 are not affected. Variables are put back at once, so that no child and no agent inherits them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ import sys
 
 SUITES_VARIABLE = "GRPC_SSL_CIPHER_SUITES"
 SUITES = "ECDHE-RSA-AES256-GCM-SHA384"
+# Our children are started with fork and exec at once: grpc's handlers would only fill the log.
+VARIABLES = {SUITES_VARIABLE: SUITES, "GRPC_ENABLE_FORK_SUPPORT": "0"}
 
 
 def _load() -> bool:
     """Import grpc; False if somebody did so before and it may take TLS 1.2, which the auth interceptor then refuses."""
     if "grpc" in sys.modules:
         return False
-    before = os.environ.get(SUITES_VARIABLE)
-    os.environ[SUITES_VARIABLE] = SUITES
+    before = {name: os.environ.get(name) for name in VARIABLES}
+    os.environ.update(VARIABLES)
     try:
         import grpc  # noqa: F401 - this is the point
     finally:
-        if before is None:
-            del os.environ[SUITES_VARIABLE]
-        else:
-            os.environ[SUITES_VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     return True
 
 

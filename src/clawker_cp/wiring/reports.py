@@ -38,7 +38,8 @@ SETTLE_S = 0.25
 
 class Reports:
     """
-    One per server. `exit_code` looks up how a sandbox ended.
+    One per server. `exit_code` looks up how a sandbox ended, `count` sees every record. `hits` is when each
+    rule last decided, in Unix seconds, since the start.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Reports:
         manager: Manager,
         rule_ids: Callable[[], tuple[str, ...]],
         exit_code: Callable[[str], int | None],
+        *,
+        count: Callable[[list[Flow]], None] = lambda _flows: None,
     ) -> None:
         self._flows = flows
         self._roster = roster
@@ -56,6 +59,8 @@ class Reports:
         self._manager = manager
         self._rule_ids = rule_ids
         self._exit_code = exit_code
+        self._count = count
+        self.hits: dict[str, int] = {}
         self._names: dict[int, OrderedDict[str, str]] = {}
         self._sequences = enrich.Sequences()
         self._summaries: dict[str, Summary] = {}
@@ -164,6 +169,10 @@ class Reports:
 
     def _take(self, flows: list[Flow]) -> None:
         self._flows.add(flows)
+        self._count(flows)
+        for flow in flows:
+            if flow.rule_id:
+                self.hits[flow.rule_id] = flow.time_unix_ns // 1_000_000_000
         by_agent: dict[str, list[Flow]] = {}
         for flow in flows:
             if flow.container_id and (flow.layer != DNS or flow.verdict == DENIED):

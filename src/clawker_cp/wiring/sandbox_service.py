@@ -76,6 +76,13 @@ class SandboxService:
         self._consoles: OrderedDict[str, Console] = OrderedDict()
         self._ended: dict[str, asyncio.Future[int]] = {}
         self._group: asyncio.TaskGroup | None = None
+        self._begun = asyncio.Event()
+
+    async def wait_running(self) -> None:
+        """
+        Wait until `run` can take sandboxes.
+        """
+        await self._begun.wait()
 
     async def run(self) -> None:
         """
@@ -84,6 +91,7 @@ class SandboxService:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
+                self._begun.set()
                 await asyncio.Event().wait()
         finally:
             self._group = None

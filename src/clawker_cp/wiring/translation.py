@@ -1,0 +1,85 @@
+"""
+From settings and requests of clients to what the packages take. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clawker_cp.agents.lifecycle import LifeRequest
+from clawker_cp.config import Settings
+from clawker_cp.dns.settings import BudgetSettings, GateSettings
+from clawker_cp.engines.base import SandboxSpec
+from clawker_cp.errors import InvalidInput, Unsupported
+
+NO_RULES = "rules: []\n"
+
+
+def gate_settings(settings: Settings, gateway: str) -> GateSettings:
+    """
+    The gate's settings from the operator's and the engine's gateway.
+    """
+    budget = settings.dns.budget
+    return GateSettings(
+        address=gateway,
+        proxy_view_port=settings.dns.proxy_view_port,
+        forwarders=tuple(settings.dns.forwarders),
+        zones={zone: tuple(servers) for zone, servers in settings.dns.zones.items()},
+        control_plane_address=gateway,
+        host_proxy_address=gateway,
+        gateway_address=gateway,
+        internal_names=tuple(settings.dns.internal_names),
+        budget=BudgetSettings(names=budget.names, name_bytes=budget.bytes, txt=budget.txt),
+    )
+
+
+def refuse_what_is_not_offered(settings: Settings) -> None:
+    """
+    Raise `Unsupported` for settings that ask for something this version does not do.
+
+    A setting that is accepted and then ignored would be worse than an error.
+    """
+    asked = {
+        "engine: docker": settings.engine == "docker",
+        "stack: container": settings.stack == "container",
+        f"dns.coredns: {settings.dns.coredns}": bool(settings.dns.coredns),
+        "oauth.implementation: hydra": settings.oauth.implementation == "hydra",
+        f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),
+        f"telemetry.otlp_endpoint: {settings.telemetry.otlp_endpoint}": bool(settings.telemetry.otlp_endpoint),
+        "firewall.on_exposure: quarantine": settings.firewall.on_exposure == "quarantine",
+    }
+    for what, wanted in asked.items():
+        if wanted:
+            raise Unsupported(
+                f"{what} is not offered by this version",
+                feature=what.partition(":")[0],
+                hint="take it out of control-plane.yaml; docs/operations.md says what is in effect",
+            )
+
+
+def life_request(request: Mapping[str, Any], *, inbound: str = "host") -> LifeRequest:
+    """
+    A client's request as spec and rules; the rules stay with the record for an adopting start.
+
+    Raises `InvalidInput` naming what is missing or wrong, and for a port to publish where
+    `firewall.inbound` is `none` (R33).
+    """
+    rules = request.get("rules", NO_RULES)
+    if not isinstance(rules, str):
+        raise InvalidInput("rules: has to be a YAML document as text")
+    learn = bool(request.get("learn", False))
+    try:
+        spec = SandboxSpec.from_mapping({**request, "extra": {"rules": rules, "learn": learn}})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"the request to run a sandbox is malformed: {error}") from error
+    if spec.publish and inbound == "none":
+        raise InvalidInput("--publish: firewall.inbound is none, no port is published", hint="set it to host")
+    return LifeRequest(spec, rules, learn)
+
+
+def adopted_request(spec: SandboxSpec) -> LifeRequest:
+    """
+    The request an adopted sandbox was started with.
+    """
+    return LifeRequest(spec, str(spec.extra.get("rules", NO_RULES)), bool(spec.extra.get("learn", False)))
