@@ -65,7 +65,7 @@ from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
 from clawker_cp.wiring.control_surface import ControlSurface
 from clawker_cp.wiring.enforcement import HostEnforcement
-from clawker_cp.wiring.firewall_control import FirewallControl, gate_answers
+from clawker_cp.wiring.firewall_control import FirewallControl, KernelWhenUp, gate_answers
 from clawker_cp.wiring.health_keeper import HealthKeeper
 from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_bundle
 from clawker_cp.wiring.reports import Reports
@@ -163,7 +163,12 @@ class ControlPlane:
         )
         self._names = PolicyNames()
         self._policy = Reconciler(
-            RuleStore(firewall), AllocationFiles(firewall), self._envoy, self._manager, self._enforcement, self._names
+            RuleStore(firewall),
+            AllocationFiles(firewall),
+            self._envoy,
+            KernelWhenUp(self._manager),
+            self._enforcement,
+            self._names,
         )
         self._flows = FlowLog(
             logs / "flows.jsonl", memory=settings.flows.memory, per_agent=settings.flows.memory_per_agent
@@ -403,11 +408,10 @@ class ControlPlane:
         ]
         # Not among those that are cancelled: `close` lets it finish what it has accepted.
         group.create_task(self._policy.run(), name="reconciler")
-        tasks = [
+        return [
             group.create_task(supervise(name, factory, blast_radius=radius), name=name)
             for name, factory, radius in parts
         ]
-        return tasks
 
     async def _adopt(self, sandbox: Sandbox) -> None:
         """Take one sandbox over; one that cannot be is left as the kernel has it and does not stop the others."""

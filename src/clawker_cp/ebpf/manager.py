@@ -148,6 +148,9 @@ class Manager:
         if self._object is not None:
             self._object.close()
             self._object = None
+        # What was mirrored of the maps counts for those maps only: a later `load` finds out anew.
+        self._table, self._stale, self._generation = routes.Table(), None, 0
+        self._names.clear()
 
     def flush(self, *, force: bool = False) -> None:
         """

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import structlog
 
+from clawker_cp.ebpf import Manager
 from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput
 from clawker_cp.firewall.changes import Applied, Progress
 from clawker_cp.firewall.merge import AddStatus, RemoveStatus
+from clawker_cp.firewall.plan import CidrRow, ProxyPort, RouteRow
 from clawker_cp.firewall.rulebook import RuleBook, too_slow
 from clawker_cp.firewall.rules import Rule
 from clawker_cp.rpc.admin import FirewallAddresses, FirewallState
@@ -68,6 +70,21 @@ class AgentVerbs(Protocol):
     async def enable(self, container_id: str) -> None: ...
     async def disable(self, container_id: str) -> None: ...
     async def bypass(self, container_id: str, seconds: int) -> None: ...
+
+
+class KernelWhenUp:
+    """
+    The kernel's tables for the reconciler: while the programs are not attached there are none to write.
+    """
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    def sync_routes(
+        self, route_rows: Iterable[RouteRow], cidr_rows: Iterable[CidrRow], ports: Iterable[ProxyPort], /
+    ) -> object:
+        """See `Manager.sync_routes`; nothing to do while it is not loaded, its next load begins empty."""
+        return self._manager.sync_routes(route_rows, cidr_rows, ports) if self._manager.loaded else None
 
 
 class FirewallControl:
