@@ -78,6 +78,15 @@ async def test_a_broken_cache_denies(pem: bytes) -> None:
     assert await judged(auth, Context(pem, bearer("good"))) == ("UNAUTHENTICATED", "token validation failed")
 
 
+async def test_what_cannot_be_a_token_is_never_asked_about(pem: bytes) -> None:
+    """Nor remembered, not even as inactive."""
+    authority = Authority(good=active())
+    auth = AuthInterceptor(authority, SCOPES)
+    for token in ("good good", "g\u00f6\u00f6d", "good\n", "good,Bearer good", "\x00"):
+        assert await judged(auth, Context(pem, bearer(token))) == ("UNAUTHENTICATED", "missing bearer token")
+    assert authority.asked == [] and auth.statistics()["negative"] == 0
+
+
 @pytest.mark.parametrize("scope", ["", None, 0, []])
 async def test_an_empty_scope_is_no_scope(pem: bytes, scope: Any) -> None:
     """Public is a word; nothing else means it."""
