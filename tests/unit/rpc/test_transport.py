@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import ssl
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from h2.connection import H2Connection
 from h2.events import ResponseReceived, TrailersReceived
 
+import clawker_cp.rpc
 from clawker_cp.rpc.transport import SUITES_VARIABLE, grpc
 from clawker_cp.testing.rpc_world import ONE, RpcWorld
 
@@ -117,3 +120,22 @@ async def test_tls_1_2_is_refused_in_the_handshake(tmp_path: Path, before: str |
         child.stdin.close()
         async with asyncio.timeout(30):
             await child.wait()
+
+
+def test_everything_in_rpc_takes_grpc_from_here() -> None:
+    """An import elsewhere could be the first, and then TLS 1.2 would be taken."""
+    package = Path(clawker_cp.rpc.__path__[0])
+    direct = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(import grpc|from grpc)\b", path.read_text(), re.MULTILINE)
+    }
+    assert direct == {"transport.py"}
+
+
+def test_the_server_program_loads_grpc_through_here() -> None:
+    """Nothing it imports did so before."""
+    code = "import clawker_cp.cli.serve, clawker_cp.rpc.server, clawker_cp.rpc.services\n"
+    code += "from clawker_cp.rpc.transport import TLS_1_3_ONLY\nprint(TLS_1_3_ONLY)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout == "True\n"
