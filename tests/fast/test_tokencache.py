@@ -52,6 +52,26 @@ def test_a_grant_is_found_until_its_time_is_over(kind: Any) -> None:
     assert cache.lookup(key, 0.0, 1.0) is True  # a wall clock set back does not revive it
 
 
+def test_owners_are_bounded_and_the_one_that_ends_first_goes(kind: Any) -> None:
+    """Ten thousand tokens later the table is full, the last ones have owners, and ended ones are given away."""
+    cache = kind()
+    for number in range(10_000):
+        assert cache.bind(digest(b"%d" % number), CERTIFICATE, 1000 + number, 0.0)
+    assert cache.statistics()["bindings"] == 4096
+    assert cache.owns(digest(b"5000"), OTHER, 0.0)
+    assert not cache.owns(digest(b"5904"), OTHER, 0.0) and not cache.bind(digest(b"9999"), OTHER, 9, 0.0)
+    assert cache.bind(digest(b"9999"), OTHER, 30_000, 10_999.0)
+    assert not cache.owns(digest(b"9999"), CERTIFICATE, 10_999.0)
+
+
+def test_owners_that_come_and_go_leave_nothing_behind(kind: Any) -> None:
+    """The same few tokens bound again and again after their end take no more room."""
+    cache = kind()
+    for number in range(30_000):
+        assert cache.bind(digest(b"%d" % (number % 5)), CERTIFICATE, number + 1, float(number))
+    assert cache.statistics()["bindings"] == 5
+
+
 def test_no_grant_outlives_its_token(kind: Any) -> None:
     """The rest of the token's life bounds the entry; one without a rest is not kept."""
     cache = kind()

@@ -40,7 +40,7 @@ cdef class TokenCache:
     cdef readonly long long generation
     cdef Py_ssize_t _capacity, _negative_capacity
     cdef dict _entries, _negative, _owners
-    cdef list _ends
+    cdef list _ends, _owner_ends
     cdef unsigned long long _hits, _negative_hits, _misses, _evictions
 
     def __init__(self, Py_ssize_t capacity=CAPACITY, Py_ssize_t negative_capacity=NEGATIVE_CAPACITY):
@@ -51,6 +51,7 @@ cdef class TokenCache:
         self._ends = []
         self._negative = {}
         self._owners = {}
+        self._owner_ends = []
         self._hits = self._negative_hits = self._misses = self._evictions = 0
 
     @staticmethod
@@ -128,15 +129,20 @@ cdef class TokenCache:
 
     def bind(self, bytes token_digest not None, bytes certificate not None, long long exp, double wall):
         """
-        Make the certificate the token's owner until `exp`, if it has none; returns `owns`.
+        Make the certificate the token's owner until `exp`, if it has none; returns `owns`. When the table is full, the
+        token that ends first loses its owner.
         """
         owner = self._owners.get(token_digest)
         if owner is not None and wall < owner[1]:
             return owner[0] == certificate
         self._owners.pop(token_digest, None)
         if len(self._owners) >= BINDINGS:
-            del self._owners[min([(held[1], one) for one, held in self._owners.items()])[1]]
+            self._unbind()
         self._owners[token_digest] = (certificate, exp)
+        heappush(self._owner_ends, (exp, token_digest))
+        if len(self._owner_ends) > 2 * BINDINGS + 16:
+            self._owner_ends = [(held[1], one) for one, held in self._owners.items()]
+            heapify(self._owner_ends)
         return True
 
     def drop(self, *, bytes token_digest=b"", str client_id="", bint everything=False):
@@ -171,5 +177,14 @@ cdef class TokenCache:
             if entry is not None and entry.end == <double>end:
                 del self._entries[key]
                 self._evictions += 1
+                return 0
+        return 0
+
+    cdef int _unbind(self) except -1:
+        while self._owner_ends:
+            exp, token_digest = heappop(self._owner_ends)
+            owner = self._owners.get(token_digest)
+            if owner is not None and owner[1] == exp:
+                del self._owners[token_digest]
                 return 0
         return 0

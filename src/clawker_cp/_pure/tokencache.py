@@ -50,6 +50,7 @@ class TokenCache:
         self._ends: list[tuple[float, bytes]] = []
         self._negative: dict[bytes, float] = {}
         self._owners: dict[bytes, tuple[bytes, int]] = {}
+        self._owner_ends: list[tuple[int, bytes]] = []
         self._hits = self._negative_hits = self._misses = self._evictions = 0
 
     @staticmethod
@@ -122,15 +123,20 @@ class TokenCache:
 
     def bind(self, token_digest: bytes, certificate: bytes, exp: int, wall: float) -> bool:
         """
-        Make the certificate the token's owner until `exp`, if it has none; returns `owns`.
+        Make the certificate the token's owner until `exp`, if it has none; returns `owns`. When the table is full, the
+        token that ends first loses its owner.
         """
         owner = self._owners.get(token_digest)
         if owner is not None and wall < owner[1]:
             return owner[0] == certificate
         self._owners.pop(token_digest, None)
         if len(self._owners) >= BINDINGS:
-            del self._owners[min(self._owners, key=lambda one: self._owners[one][1])]
+            self._unbind()
         self._owners[token_digest] = (certificate, exp)
+        heappush(self._owner_ends, (exp, token_digest))
+        if len(self._owner_ends) > 2 * BINDINGS + 16:
+            self._owner_ends = [(held[1], one) for one, held in self._owners.items()]
+            heapify(self._owner_ends)
         return True
 
     def drop(self, *, token_digest: bytes = b"", client_id: str = "", everything: bool = False) -> int:
@@ -164,4 +170,12 @@ class TokenCache:
             if entry is not None and entry.end == end:
                 del self._entries[key]
                 self._evictions += 1
+                return
+
+    def _unbind(self) -> None:
+        while self._owner_ends:
+            exp, token_digest = heappop(self._owner_ends)
+            owner = self._owners.get(token_digest)
+            if owner is not None and owner[1] == exp:
+                del self._owners[token_digest]
                 return

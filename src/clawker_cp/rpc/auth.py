@@ -14,7 +14,7 @@ from typing import Any
 
 from clawker_cp.accel import TokenCache
 from clawker_cp.auth.authorizer import Authorizer, Bars, Pending, Refusal
-from clawker_cp.auth.bearer import bearer_token
+from clawker_cp.auth.bearer import is_token, presented_token
 from clawker_cp.auth.introspect import Introspector
 from clawker_cp.auth.scopes import PUBLIC
 from clawker_cp.rpc.interceptors.denials import DenialLog
@@ -153,11 +153,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return UNMAPPED
         if scope == PUBLIC:
             return None
-        token = bearer_token(context.invocation_metadata())
+        token = presented_token(context.invocation_metadata())
         if not token:
             return NO_TOKEN
         decided = self._authorizer.decide(token, peer.thumbprint, scope)
         if isinstance(decided, Pending):
+            # Only what can be a token is ever asked about, so only that is ever in the cache.
+            if not is_token(token):
+                return NO_TOKEN
             return self._ask(context, method, decided, token, peer.thumbprint, scope)
         return decided
 

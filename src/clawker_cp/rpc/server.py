@@ -101,7 +101,8 @@ class RpcServer:
         missing = self._auth.unmapped(served_methods(self._services))
         if missing:
             raise ClawkerError(f"{self.name}: no scope for {', '.join(missing)}", code="UNMAPPED_METHOD")
-        credentials = server_credentials(self._material)
+        # One each: a listener takes the certificate its credentials were made with, which they give once.
+        credentials = [server_credentials(self._material) for _ in self._addresses]
         server = grpc.aio.server(
             interceptors=self._interceptors,
             options=listener_options(self._limits),
@@ -110,7 +111,7 @@ class RpcServer:
         for register in self._services:
             register(server)
         try:
-            self.ports = tuple(self._bind(server, address, credentials) for address in self._addresses)
+            self.ports = tuple(self._bind(server, *one) for one in zip(self._addresses, credentials, strict=True))
             await server.start()
         except BaseException:
             await server.stop(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import tracemalloc
 
 import pytest
@@ -378,3 +379,44 @@ async def test_closing_refuses_who_still_waits(clock: Clock) -> None:
             await asyncio.sleep(0)
         await one.aclose()
     assert call.result() is FAILED
+
+
+@pytest.mark.parametrize("selector", [{"token": "good"}, {"client_id": "clawker-cli"}, {"everything": True}])
+@pytest.mark.parametrize("seed", range(40))
+async def test_nothing_begun_after_a_revocation_passes(clock: Clock, selector: dict[str, object], seed: int) -> None:
+    """However calls, answers on their way and the revocation interleave."""
+    chance = random.Random(seed)
+
+    class Slow:
+        active = True
+
+        async def introspect(self, token: str, required_scope: str) -> IntrospectionResult:
+            result = GOOD if self.active else IntrospectionResult(active=False)
+            for _ in range(chance.randrange(6)):
+                await asyncio.sleep(0)
+            return result
+
+    authority = Slow()
+    one = Authorizer(authority, wall=lambda: clock.wall, monotonic=lambda: clock.monotonic)
+    wrong: list[Refusal | None] = []
+    passed = 0
+
+    async def caller() -> None:
+        nonlocal passed
+        for _ in range(chance.randrange(20)):
+            await asyncio.sleep(0)
+        late = not authority.active
+        refusal = await judge(one, "good", bytes([chance.randrange(2)]) * 32)
+        passed += refusal is None
+        if late and refusal is None:
+            wrong.append(refusal)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(30):
+            group.create_task(caller())
+        for _ in range(chance.randrange(1, 20)):
+            await asyncio.sleep(0)
+        authority.active = False
+        one.revoke(**selector)  # type: ignore[arg-type]
+    assert wrong == [] and one.statistics()["asking"] == 0
+    assert isinstance(one.decide("good", CERTIFICATE, "admin"), Pending | Refusal)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawker_cp.auth.bearer import MAX_TOKEN_BYTES, bearer_token
+from clawker_cp.auth.bearer import MAX_TOKEN_BYTES, bearer_token, is_token, presented_token
 
 
 def test_one_good_header_gives_the_token() -> None:
@@ -55,3 +55,12 @@ def test_garbage_never_raises(metadata: list[tuple[str, str | bytes]]) -> None:
     """Whatever comes in, the answer is a printable token or nothing."""
     token = bearer_token(metadata)
     assert token == "" or (token.isascii() and token.isprintable() and " " not in token)
+
+
+@given(st.text(max_size=40))
+def test_what_every_call_pays_and_what_only_new_tokens_owe_are_one_rule(text: str) -> None:
+    """The two steps together say what `bearer_token` says."""
+    metadata = [("authorization", f"Bearer {text}")]
+    presented = presented_token(metadata)
+    assert presented == text
+    assert bearer_token(metadata) == (presented if is_token(presented) else "")

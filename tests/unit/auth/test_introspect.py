@@ -22,7 +22,7 @@ Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 
 
 @asynccontextmanager
-async def authority(ca: TestCa, answer: Answer) -> AsyncIterator[str]:
+async def authority(ca: TestCa, answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """An HTTPS endpoint that hands each request to `answer`."""
 
     served: set[asyncio.Task[None]] = set()
@@ -42,7 +42,7 @@ async def authority(ca: TestCa, answer: Answer) -> AsyncIterator[str]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=ca.server_context())
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls or ca.server_context())
     try:
         yield f"https://localhost:{server.sockets[0].getsockname()[1]}/admin/oauth2/introspect"
     finally:
@@ -226,10 +226,10 @@ async def test_an_authority_below_tls_1_3_is_not_asked(ca: TestCa) -> None:
     """With a CA path the context is ours, and ours demands TLS 1.3."""
     context = ca.server_context()
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
-    server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
-    async with server:
+    async with authority(ca, says(ACTIVE), context) as url:
+        assert (await ask(url, ca.client_context())).active  # the caller's own context decides for itself
         with pytest.raises(Unavailable, match="did not answer"):
-            await ask(f"https://localhost:{server.sockets[0].getsockname()[1]}/", str(ca.certificate))
+            await ask(url, str(ca.certificate))
 
 
 async def test_many_questions_at_once_are_all_answered(ca: TestCa) -> None:

@@ -89,6 +89,32 @@ async def test_a_generator_is_closed_when_its_call_is_cancelled() -> None:
     assert closed == [True] and context.written == ["a"]
 
 
+async def test_a_generator_is_closed_when_its_caller_is_gone() -> None:
+    """When a message cannot be written the generator's cleanup has run before the call is over."""
+    closed = []
+
+    async def endless(_request: Any, _context: Any) -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "a"
+        finally:
+            closed.append(True)
+
+    class Gone(Context):
+        async def write(self, message: Any) -> None:
+            raise ConnectionResetError
+
+    running: list[Any] = []  # referred to, so that it is not the collector that closes it
+
+    def begin(request: Any, context: Any) -> AsyncIterator[str]:
+        running.append(endless(request, context))
+        return running[0]
+
+    with pytest.raises(ConnectionResetError):
+        await call_of(grpc.unary_stream_rpc_method_handler(begin))("x", Gone())
+    assert closed == [True]
+
+
 async def test_the_check_comes_before_the_request_is_parsed() -> None:
     """A check that passes lets the parsed request through; one that raises keeps parser and handler untouched."""
     parsed: list[bytes] = []

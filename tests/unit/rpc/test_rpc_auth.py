@@ -73,21 +73,18 @@ async def test_metadata_of_another_shape_denies(pem: bytes, metadata: Any) -> No
 
 
 async def test_a_broken_cache_denies(pem: bytes) -> None:
-    """Also while it is stored to."""
-
-    class Broken(TokenCache):
-        def lookup(self, *_: Any) -> Any:
-            raise MemoryError
-
-    auth = AuthInterceptor(Authority(good=active()), SCOPES)
-    auth._authorizer._cache = Broken() if TokenCache.__module__.endswith("_pure.tokencache") else _Lookup()  # type: ignore[assignment]
+    """Something that is no cache at all opens nothing."""
+    auth = AuthInterceptor(Authority(good=active()), SCOPES, cache=object())  # type: ignore[arg-type]
     assert await judged(auth, Context(pem, bearer("good"))) == ("UNAUTHENTICATED", "token validation failed")
 
 
-class _Lookup:
-    """Not even a cache."""
-
-    generation = 0
+async def test_what_cannot_be_a_token_is_never_asked_about(pem: bytes) -> None:
+    """Nor remembered, not even as inactive."""
+    authority = Authority(good=active())
+    auth = AuthInterceptor(authority, SCOPES)
+    for token in ("good good", "g\u00f6\u00f6d", "good\n", "good,Bearer good", "\x00"):
+        assert await judged(auth, Context(pem, bearer(token))) == ("UNAUTHENTICATED", "missing bearer token")
+    assert authority.asked == [] and auth.statistics()["negative"] == 0
 
 
 @pytest.mark.parametrize("scope", ["", None, 0, []])

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import ssl
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from h2.connection import H2Connection
+from h2.events import ResponseReceived, TrailersReceived
 
-from clawker_cp.rpc.transport import SUITES_VARIABLE
-from clawker_cp.testing.rpc_world import RpcWorld
+import clawker_cp.rpc
+from clawker_cp.rpc.transport import SUITES_VARIABLE, grpc
+from clawker_cp.testing.rpc_world import ONE, RpcWorld
 
 # In a process of its own: grpc reads its cipher suites once per process, and other tests import grpc first.
 CHILD = """
@@ -57,10 +62,38 @@ async def handshake(port: int, world: RpcWorld, version: ssl.TLSVersion) -> str:
     return agreed
 
 
+async def grpc_status(port: int, world: RpcWorld) -> tuple[str, str]:
+    """Status and message of a call over TLS 1.2, spoken by hand: grpc's own client always takes the newest version."""
+    context = world.ca.client_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(world.cli.certificate, world.cli.key)
+    reader, writer = await asyncio.open_connection("localhost", port, ssl=context)
+    connection = H2Connection()
+    connection.initiate_connection()
+    head = {":method": "POST", ":scheme": "https", ":path": ONE, ":authority": "localhost"}
+    rest = {"content-type": "application/grpc", "te": "trailers", "authorization": "Bearer good"}
+    connection.send_headers(1, list({**head, **rest}.items()))
+    connection.send_data(1, bytes(5), end_stream=True)
+    said: dict[str, str] = {}
+    async with asyncio.timeout(10):
+        while "grpc-status" not in said:
+            writer.write(connection.data_to_send())
+            for event in connection.receive_data(await reader.read(65536)):
+                if isinstance(event, ResponseReceived | TrailersReceived):
+                    said |= {_text(key): _text(value) for key, value in event.headers or ()}
+    writer.close()
+    return said["grpc-status"], said["grpc-message"]
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("late", "before"), [(False, None), (False, "HIGH"), (True, None)])
 async def test_tls_1_2_is_refused_in_the_handshake(tmp_path: Path, before: str | None, late: bool) -> None:
-    """A client that offers nothing newer gets no connection; where grpc came first that is known; no variable stays."""
+    """A client that offers nothing newer gets no connection; where grpc came first, its calls are refused."""
     world = RpcWorld(tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != SUITES_VARIABLE}
     if before is not None:
@@ -77,10 +110,32 @@ async def test_tls_1_2_is_refused_in_the_handshake(tmp_path: Path, before: str |
             port, only, variable = (await child.stdout.readline()).decode().split()
         assert (only, variable) == (str(not late), str(before))
         assert await handshake(int(port), world, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
-        expected = "TLSv1.2" if late else "refused"
-        assert await handshake(int(port), world, ssl.TLSVersion.TLSv1_2) == expected
+        if late:
+            expected = (str(grpc.StatusCode.UNAUTHENTICATED.value[0]), "TLS 1.3 with a client certificate required")
+            assert await grpc_status(int(port), world) == expected
+        else:
+            assert await handshake(int(port), world, ssl.TLSVersion.TLSv1_2) == "refused"
     finally:
         assert child.stdin is not None
         child.stdin.close()
         async with asyncio.timeout(30):
             await child.wait()
+
+
+def test_everything_in_rpc_takes_grpc_from_here() -> None:
+    """An import elsewhere could be the first, and then TLS 1.2 would be taken."""
+    package = Path(clawker_cp.rpc.__path__[0])
+    direct = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(import grpc|from grpc)\b", path.read_text(), re.MULTILINE)
+    }
+    assert direct == {"transport.py"}
+
+
+def test_the_server_program_loads_grpc_through_here() -> None:
+    """Nothing it imports did so before."""
+    code = "import clawker_cp.cli.serve, clawker_cp.rpc.server, clawker_cp.rpc.services\n"
+    code += "from clawker_cp.rpc.transport import TLS_1_3_ONLY\nprint(TLS_1_3_ONLY)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout == "True\n"
