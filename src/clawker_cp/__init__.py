@@ -10,15 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clawker_cp.auth.clients import register_agent_client, register_cli_client
     from clawker_cp.auth.introspect import HydraIntrospector, IntrospectionResult, Introspector
     from clawker_cp.auth.scopes import admin_method_scopes, agent_method_scopes, control_method_scopes
     from clawker_cp.processes.health import HealthCheck
     from clawker_cp.processes.manager import ManagedSubprocess, SubprocessManager
     from clawker_cp.rpc.admin import new_admin_server
     from clawker_cp.rpc.auth import AuthInterceptor
+    from clawker_cp.runtime.startup import CPStartupOrchestrator
 
 _MODULES = {
     "AuthInterceptor": "rpc.auth",
+    "CPStartupOrchestrator": "runtime.startup",
     "HealthCheck": "processes.health",
     "HydraIntrospector": "auth.introspect",
     "IntrospectionResult": "auth.introspect",
@@ -29,10 +32,13 @@ _MODULES = {
     "agent_method_scopes": "auth.scopes",
     "control_method_scopes": "auth.scopes",
     "new_admin_server": "rpc.admin",
+    "register_agent_client": "auth.clients",
+    "register_cli_client": "auth.clients",
 }
 
 __all__ = [
     "AuthInterceptor",
+    "CPStartupOrchestrator",
     "HealthCheck",
     "HydraIntrospector",
     "IntrospectionResult",
@@ -43,6 +49,8 @@ __all__ = [
     "agent_method_scopes",
     "control_method_scopes",
     "new_admin_server",
+    "register_agent_client",
+    "register_cli_client",
 ]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import ipaddress
 import os
 import signal
 import time
@@ -27,7 +26,7 @@ from clawker_cp.agents.quarantines import Quarantines
 from clawker_cp.agents.registry import Registry
 from clawker_cp.agents.roster import Roster
 from clawker_cp.agents.sandbox_rows import SandboxRows
-from clawker_cp.config import Directories, Settings, environment, load_settings
+from clawker_cp.config import Directories, Settings, environment
 from clawker_cp.dns.gate import Gate
 from clawker_cp.ebpf import Manager
 from clawker_cp.engines.base import HostFeature, Sandbox
@@ -38,7 +37,6 @@ from clawker_cp.firewall.envoy.access_log import AccessLogTail
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_roots
 from clawker_cp.firewall.envoy.stack import EnvoyStack, envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
-from clawker_cp.firewall.plan import Topology
 from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rulebook import RuleBook
@@ -69,6 +67,7 @@ from clawker_cp.wiring.firewall_control import FirewallControl, KernelWhenUp, ga
 from clawker_cp.wiring.health_keeper import HealthKeeper
 from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_bundle
 from clawker_cp.wiring.reports import Reports
+from clawker_cp.wiring.reserved import learn_addresses
 from clawker_cp.wiring.sandbox_service import SandboxService, host_ids
 from clawker_cp.wiring.server_status import ServerStatus
 from clawker_cp.wiring.translation import adopted_request, gate_settings, life_request, refuse_what_is_not_offered
@@ -80,21 +79,6 @@ GARBAGE_EVERY_S = 30.0
 SOS_KEPT_S = 2.0
 CERTIFICATES_EVERY_S = 3600.0
 UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
-NEVER_ROUTED = ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4", "0.0.0.0/8", "::1/128", "fe80::/10")
-
-
-def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None = None) -> tuple[Settings, Directories]:
-    """
-    Settings and directories of this process, flags over environment.
-    """
-    directories = Directories.from_environment(environment())
-    directories = Directories(
-        config=config_dir or directories.config,
-        data=data_dir or directories.data,
-        state=directories.state,
-        cache=directories.cache,
-    )
-    return load_settings(directories, environment()), directories
 
 
 class ControlPlane:
@@ -505,17 +489,4 @@ class ControlPlane:
             await asyncio.sleep(CERTIFICATES_EVERY_S)
 
     async def _learn_addresses(self) -> None:
-        """Keep this host's own addresses, as they are now, out of every rule's reach (R12)."""
-        addresses = await self._engine.host_addresses()
-        reserved = [ipaddress.ip_network(text) for text in (self._engine.subnet, *NEVER_ROUTED, *addresses)]
-        self._policy.use_topology(
-            Topology(
-                reserved=tuple(reserved),
-                http3=self._settings.envoy.http3,
-                tls_minimal=self._settings.firewall.tls_auto == "minimal",
-            )
-        )
-        self._manager.set_reserved(reserved)
-        self._gate.set_reserved(reserved)
-        if self._settings.firewall.host_ring:
-            await self._engine.ring.reserve([str(network) for network in reserved])
+        await learn_addresses(self._settings, self._engine, self._policy, self._manager, self._gate)

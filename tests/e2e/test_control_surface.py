@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 
@@ -227,7 +226,8 @@ async def test_bypass_and_quarantine_hold_in_the_kernel(served: Served) -> None:
                 seen = seen + len(words) if words and set(words) == {word} else 0
 
         await until("no")
-        result["disable"] = await refused(client.call("FirewallDisable", A.FirewallDisableRequest(container_id=sandbox_id)))
+        disable = A.FirewallDisableRequest(container_id=sandbox_id)
+        result["disable"] = await refused(client.call("FirewallDisable", disable))
         long = A.FirewallBypassRequest(container_id=sandbox_id, timeout_seconds=4000)
         result["too long"] = await refused(client.call("FirewallBypass", long))
         await client.call("FirewallBypass", A.FirewallBypassRequest(container_id=sandbox_id[:12], timeout_seconds=600))
@@ -240,7 +240,8 @@ async def test_bypass_and_quarantine_hold_in_the_kernel(served: Served) -> None:
         await until("no")
         ref = C.AgentRef(container_id=sandbox_id)
         result["quarantined"] = told(await client.call("Quarantine", C.QuarantineRequest(agent=ref, reason="odd")))
-        result["bypass of it"] = await refused(client.call("FirewallBypass", A.FirewallBypassRequest(container_id=sandbox_id)))
+        again = A.FirewallBypassRequest(container_id=sandbox_id)
+        result["bypass of it"] = await refused(client.call("FirewallBypass", again))
         sessions = await client.call("ListSessions", C.ListSessionsRequest())
         result["session"] = told(sessions.sessions[0])
         await client.call("Release", C.ReleaseRequest(agent=ref))

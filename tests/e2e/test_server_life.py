@@ -14,6 +14,17 @@ from clawker_cp.testing.served import serving
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
 
+TAKE = """
+import socket, time
+taken = socket.socket()
+taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+taken.bind(("127.0.0.1", 7443))
+taken.listen()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
 async def test_killed_and_started_again_it_knows_its_sandbox(machine: Machine) -> None:
     """After kill -9 the next server lists the sandbox, attaches to it, and keeps its quarantine."""
     async with serving(machine) as first:
@@ -58,7 +69,7 @@ async def test_killed_and_started_again_it_knows_its_sandbox(machine: Machine) -
 async def test_a_start_that_cannot_be_is_told_to_who_watches(machine: Machine) -> None:
     """A taken port ends the start with exit code 1 and a message that names it; nothing is left enforced."""
     blocker = await machine.host.start(
-        ["python3", "-c", "import socket,time; s=socket.socket(); s.setsockopt(1,2,1); s.bind(('127.0.0.1',7443)); s.listen(); print('ok',flush=True); time.sleep(60)"],
+        ["python3", "-c", TAKE],
         env=machine.environment, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from clawker_cp.wiring.translation import NO_RULES, adopted_request, life_request, refuse_what_is_not_offered
 from clawker_cp.config import Settings, known_keys
 from clawker_cp.errors import InvalidInput, Unsupported
+from clawker_cp.wiring.translation import NO_RULES, adopted_request, life_request, refuse_what_is_not_offered
 
 REQUEST = {"project": "p", "agent": "a", "argv": ["true"], "publish": [{"host_port": 0, "port": 8000}]}
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"

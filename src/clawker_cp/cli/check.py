@@ -10,9 +10,9 @@ from __future__ import annotations
 import click
 import orjson
 
-from clawker_cp.app import load_configuration
 from clawker_cp.errors import Unsupported
 from clawker_cp.wiring.host_table import preflight
+from clawker_cp.wiring.translation import load_configuration
 
 
 @click.command("check")

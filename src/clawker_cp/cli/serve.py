@@ -13,12 +13,13 @@ from pathlib import Path
 import click
 import orjson
 
-from clawker_cp.app import ControlPlane, load_configuration
+from clawker_cp.app import ControlPlane
 from clawker_cp.cli.check import check
 from clawker_cp.errors import ClawkerError
 from clawker_cp.runtime.runner import run_until_signal
 from clawker_cp.telemetry.log import configure
 from clawker_cp.wiring.host_table import preflight
+from clawker_cp.wiring.translation import load_configuration
 
 
 @click.command("serve")

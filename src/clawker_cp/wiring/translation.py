@@ -1,19 +1,34 @@
 """
-From settings and requests of clients to what the packages take. Pure.
+From files, settings and requests of clients to what the packages take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from clawker_cp.agents.lifecycle import LifeRequest
-from clawker_cp.config import Settings
+from clawker_cp.config import Directories, Settings, environment, load_settings
 from clawker_cp.dns.settings import BudgetSettings, GateSettings
 from clawker_cp.engines.base import SandboxSpec
 from clawker_cp.errors import InvalidInput, Unsupported
 
 NO_RULES = "rules: []\n"
+
+
+def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None = None) -> tuple[Settings, Directories]:
+    """
+    Settings and directories of this process, flags over environment.
+    """
+    directories = Directories.from_environment(environment())
+    directories = Directories(
+        config=config_dir or directories.config,
+        data=data_dir or directories.data,
+        state=directories.state,
+        cache=directories.cache,
+    )
+    return load_settings(directories, environment()), directories
 
 
 def gate_settings(settings: Settings, gateway: str) -> GateSettings:
