@@ -59,7 +59,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 # Modules that a test by another name holds, or that only declare or start something.
 NO_MIRROR = {"__init__", "__main__", "main", "ports", "demo", "abi", "profiles"}
 # Packages whose modules only mean something together: one test file, named for the package, holds them.
-HELD_TOGETHER = {"auth/authority": "test_authority"}
+HELD_TOGETHER = {"auth/authority": "test_authority", "cli/ctl": "test_ctl"}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:

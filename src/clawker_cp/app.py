@@ -12,10 +12,11 @@ import datetime as dt
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -63,6 +64,7 @@ from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
 from clawker_cp.wiring.control_surface import ControlSurface
 from clawker_cp.wiring.enforcement import HostEnforcement
+from clawker_cp.wiring.event_bridge import EventBridge
 from clawker_cp.wiring.firewall_control import FirewallControl, KernelWhenUp, gate_answers
 from clawker_cp.wiring.health_keeper import HealthKeeper
 from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_bundle
@@ -85,7 +87,8 @@ class ControlPlane:
     """
     One server of one host. `run` starts everything, says when it is ready, and drains exactly once.
 
-    Ephemeral: it ends when its last sandbox and its last client are gone.
+    `listen` is given who wants to see every line of the log. Ephemeral: it ends when its last sandbox and its
+    last client are gone.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class ControlPlane:
         *,
         log_dir: Path | None = None,
         ephemeral: bool = False,
+        listen: Callable[[Callable[[Mapping[str, Any]], None]], None] = lambda _listener: None,
     ) -> None:
+        self._listen = listen
         self._settings = settings
         self._directories = directories
         self._rows = rows
@@ -308,6 +313,7 @@ class ControlPlane:
         self._surface.tokens.load(time.time())
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[], None], drain: AsyncExitStack) -> None:
+        self._listen(EventBridge(self._events, asyncio.get_running_loop()))
         log.info("cp_starting", pid=os.getpid(), state=str(self._directories.state))
         await self._engine.start()
         adopted = self._engine.living()

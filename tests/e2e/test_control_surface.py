@@ -64,6 +64,26 @@ async def test_rules_are_added_listed_and_removed(served: Served) -> None:
     assert said["all"]["status"] == "REMOVE_RULE_STATUS_REMOVED"
 
 
+async def test_what_happens_is_followed(served: Served) -> None:
+    """A watcher of policy sees the rule and the version as they come, and an unknown topic is refused."""
+    said = await served.call("""
+        stream = client.stream("WatchEvents", C.WatchEventsRequest(topics=["policy"]))
+        first = asyncio.ensure_future(anext(stream))
+        rules = [A.EgressRule(dst="seen.example.com")]
+        while not first.done():
+            await client.call("FirewallAddRules", A.FirewallAddRulesRequest(rules=rules))
+            await client.call("FirewallRemoveRule", A.FirewallRemoveRuleRequest(all=True))
+        seen = [told(await first)] + [told(await anext(stream)) for _ in range(2)]
+        await stream.aclose()
+        result["seen"] = seen
+        bad = client.stream("WatchEvents", C.WatchEventsRequest(topics=["weather"]))
+        result["bad"] = await refused(anext(bad))
+    """)
+    assert {one["topic"] for one in said["seen"]} == {"policy"}
+    assert {"policy_applied", "rule_added"} & {one["name"] for one in said["seen"]}
+    assert said["bad"][0] == "INVALID_ARGUMENT" and "weather" in said["bad"][2]
+
+
 async def test_only_the_clis_certificate_and_a_token_open_the_door(served: Served) -> None:
     """No token, a wrong one, another certificate of the same CA and none at all are refused as the contract says."""
     said = await served.call("""

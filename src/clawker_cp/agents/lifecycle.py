@@ -129,7 +129,7 @@ class SandboxLives:
             await self._enforcement.enroll(agent, sandbox)
             self._roster.put(agent)
             self._lives[agent.id] = agent
-            log.info("agents_enrolled", id=agent.id, agent=agent.key, policy=policy, address=agent.address)
+            log.info("enrolled", id=agent.id, agent=agent.key, policy=policy, address=agent.address)
             yield sandbox
         except BaseException:
             await asyncio.shield(self._end(agent))
@@ -206,7 +206,7 @@ class SandboxLives:
                 await self._contained(agent, "settle", partial(self._settle, agent.id))
                 await self._contained(agent, "withdraw", partial(self._withdraw, agent))
                 await self._contained(agent, "rules", partial(self._policy.drop_ephemeral, agent.key))
-                log.info("agents_withdrawn", id=agent.id, agent=agent.key)
+                log.info("withdrawn", id=agent.id, agent=agent.key)
         finally:
             self._lives.pop(agent.id, None)
             del self._ending[agent.id]

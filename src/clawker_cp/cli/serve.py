@@ -52,7 +52,7 @@ def serve(
         sink = configure(log_dir or directories.logs, stderr=not ephemeral)
         try:
             control_plane = ControlPlane(
-                settings, directories, preflight(settings), log_dir=log_dir, ephemeral=ephemeral
+                settings, directories, preflight(settings), log_dir=log_dir, ephemeral=ephemeral, listen=sink.listen
             )
             code = run_until_signal(lambda stop: control_plane.run(stop, on_ready=notify.ready))
         finally:

@@ -96,6 +96,21 @@ class Overseer:
         """
         Tell everybody who follows `topic`; never waits, never raises.
         """
+        self.publish_fields(topic, name, container_id=container_id, project=project, agent=agent, fields=fields)
+
+    def publish_fields(
+        self,
+        topic: Topic,
+        name: str,
+        *,
+        container_id: str = "",
+        project: str = "",
+        agent: str = "",
+        fields: Mapping[str, str],
+    ) -> None:
+        """
+        The same with fields of any name.
+        """
         event = Event(self._clock.wall_ns(), topic, name, container_id, project, agent, fields)
         self._published[topic] += 1
         for subscription in self._subscriptions:

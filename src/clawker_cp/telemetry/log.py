@@ -13,7 +13,7 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class LogSink:
 
     def __init__(self, path: Path | None, *, stderr: bool = True) -> None:
         self._file = RotatingFile(path) if path is not None else None
+        self._listener: Callable[[Mapping[str, Any]], None] | None = None
         self._stderr = stderr
         self._lines: queue.Queue[bytes | None] = queue.Queue(LOG_LINES_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="clawker-log", daemon=True)
@@ -164,6 +165,20 @@ class LogSink:
         except (OSError, ValueError):  # nobody reads it any more
             self._stderr = False
 
+    def listen(self, listener: Callable[[Mapping[str, Any]], None]) -> None:
+        """
+        Show `listener` every line from now on, redacted, where it is logged; it must not block or raise.
+        """
+        self._listener = listener
+
+    def tell(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """
+        Show a line to the listener. A structlog processor.
+        """
+        if self._listener is not None:
+            self._listener(event)
+        return event
+
     def statistics(self) -> dict[str, int]:
         """
         Lines dropped because the queue was full, and lines the file did not take.
@@ -200,6 +215,7 @@ def configure(directory: Path | None, *, stderr: bool = True, level: int = loggi
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
             structlog.processors.format_exc_info,
             redact,
+            sink.tell,
             _shape,
             _line,
         ],

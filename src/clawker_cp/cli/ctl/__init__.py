@@ -1,0 +1,3 @@
+"""
+`clawkerctl`: commanding a running control plane. Each module has the verbs of one subject.
+"""
