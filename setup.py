@@ -98,6 +98,7 @@ class BuildBpf(Generated):
         version = output(tool("clang"), "--version").splitlines()[0]
         manifest = {"abi": int(abi[1]) if abi else 0, "clang": version, "objects": objects}
         (target / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        (target / "budget.json").write_bytes(Path("bpf/budget.json").read_bytes())
         print(f"clawker-cp: made {', '.join(objects)}")
 
 

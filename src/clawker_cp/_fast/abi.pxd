@@ -71,6 +71,7 @@ cdef extern from "clawker_abi.h" nogil:
     struct clawker_state:
         uint64_t sequence
         uint64_t suppressed[3]
+        uint64_t uncounted
 
     struct clawker_metric_key:
         uint64_t cgroup_id

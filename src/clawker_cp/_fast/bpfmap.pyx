@@ -494,7 +494,8 @@ def empty_state() -> bytes:
 def unpack_state(bytes row) -> dict:
     cdef abi.clawker_state s
     memcpy(&s, PyBytes_AS_STRING(row), sizeof(s))
-    return {"sequence": s.sequence, "suppressed": s.suppressed[0] + s.suppressed[1] + s.suppressed[2]}
+    suppressed = s.suppressed[0] + s.suppressed[1] + s.suppressed[2]
+    return {"sequence": s.sequence, "suppressed": suppressed, "uncounted": s.uncounted}
 
 
 def unpack_metric_key(bytes key) -> tuple:

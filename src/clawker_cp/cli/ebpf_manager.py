@@ -11,27 +11,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
-import orjson
 
+from clawker_cp.cli.ebpf_changes import disable, dns_update, enable, gc_dns, sync_routes
+from clawker_cp.cli.ebpf_looks import dump_errors, dump_flows, dump_metrics, events, resolve, show, verify_programs
 from clawker_cp.cli.main import ErrorsAsLines
 from clawker_cp.ebpf.pins import Pins
 from clawker_cp.errors import InvalidInput
 
 MAX_BYPASS_S = 3600
-
-
-def show(rows: list[dict[str, Any]], *, as_json: bool) -> None:
-    """
-    Print rows as JSON, or as lines of `key=value`.
-    """
-    if as_json:
-        click.echo(orjson.dumps(rows, option=orjson.OPT_INDENT_2))
-        return
-    for row in rows:
-        click.echo("  ".join(f"{key}={value}" for key, value in row.items()))
 
 
 @click.group("ebpf-manager", cls=ErrorsAsLines)
@@ -110,6 +99,13 @@ def unbypass(pins: Pins, /, *, cgroup_id: int) -> None:
     """
     pins.change(cgroup_id, bypass_until_ns=0)
     click.echo(f"cgroup {cgroup_id} is judged by its policy again")
+
+
+for _verb in (
+    dump_metrics, dump_flows, dump_errors, resolve, events, verify_programs, enable, disable, sync_routes, dns_update,
+    gc_dns,
+):  # fmt: skip
+    cli.add_command(_verb)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from clawker_cp import accel
 from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf import routes
 from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRowLike, mapped_prefix, unmapped
-from clawker_cp.errors import CapacityExceeded, Conflict, Unavailable, Unsupported
+from clawker_cp.errors import CapacityExceeded, Conflict, InvalidInput, Unavailable, Unsupported
 
 log = structlog.get_logger()
 
@@ -92,6 +92,7 @@ class Manager:
         self._table = routes.Table()
         self._stale: tuple[float, routes.Table] | None = None
         self._names: dict[int, _Names] = {}
+        self._budgets = (0, 0, 0)
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -363,6 +364,16 @@ class Manager:
         finally:
             with_cpus.close()
 
+    def set_budgets(self, *, deny: int = 0, bypass: int = 0, allow: int = 0) -> None:
+        """
+        Bound the records a second and agent, by kind; 0 = the default of the programs. Counters stay exact.
+        """
+        for name, value in (("deny", deny), ("bypass", bypass), ("allow", allow)):
+            if not 0 <= value < 1 << 32:
+                raise InvalidInput(f"{name}: {value} is not a number of records a second")
+        self._budgets = (deny, bypass, allow)
+        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(self._generation, 1, self._budgets, 0))
+
     def statistics(self) -> dict[str, int]:
         """
         Sizes and losses: agents, learnt addresses, route rows, generation, records suppressed.
@@ -374,6 +385,7 @@ class Manager:
             "rows": len(self._table),
             "generation": self._generation,
             "suppressed": sum(state["suppressed"] for state in states),
+            "uncounted": sum(state["uncounted"] for state in states),
         }
 
     # -- inner --------------------------------------------------------------------------------
@@ -424,7 +436,7 @@ class Manager:
                 hint="stop the agents, remove the pins with `ebpf-manager flush`, and start again",
             )
         self._generation = present["generation"]
-        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(self._generation, 1, (0, 0, 0), 0))
+        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(self._generation, 1, self._budgets, 0))
         if self._maps["state_map"].get(NOBODY) is None:
             self._maps["state_map"].put(NOBODY, bpfmap.empty_state())
 
@@ -493,7 +505,7 @@ class Manager:
         self._maps["proxy_port_map"].put_many(*_join(routes.rekey_routes(wanted.ports, following)))
         self._maps["cidr_map"].put_many(*_join(routes.rekey_cidrs(wanted.cidrs, following)))
         self._maps["route_map"].put_many(*_join(routes.rekey_routes(wanted.routes, following)))
-        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(following, 1, (0, 0, 0), 0))
+        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(following, 1, self._budgets, 0))
         # Programs that read the old word may still be looking rows up: they keep a second.
         self._stale = (time.monotonic() + OLD_GENERATION_S, self._under(self._table, self._generation))
         self._generation = following

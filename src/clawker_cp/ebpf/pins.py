@@ -6,17 +6,27 @@ Reading needs no running control plane. `change` writes behind it and is break-g
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clawker_cp import accel
 from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf.config import AgentConfig, unmapped
-from clawker_cp.errors import NotFound, Unavailable
+from clawker_cp.errors import InvalidInput, NotFound, Unavailable
 
 LINKS = "links"
+VERDICTS = {1: "allowed", 2: "denied", 3: "bypassed", 4: "redirected"}
+# enum clawker_site and CLAWKER_ERRNOS of the ABI header.
+SITES = {0: "ring", 1: "metric", 2: "storage", 3: "inbound_flow", 4: "state", 5: "packet"}
+ERRNOS = 160
 _ACTIONS = {0: "deny", 1: "proxy", 2: "pass"}
+_INBOUND = {1: "host", 2: "any", 3: "control plane"}
 
 
 class Pins:
@@ -131,3 +141,112 @@ class Pins:
             address = unmapped(addr)
             rows.append({"cgroup_id": cgroup_id, "address": address, "identities": list(identities), "left_s": left})
         return rows
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """
+        Exact decisions by agent, name identity, port and outcome, summed over processors; the largest first.
+
+        An agent's row of identity 0 and port 0 counts what had no row of its own.
+        """
+        cpus = bpfmap.possible_cpus()
+        opened = self.open("metrics_map")
+        every = bpfmap.BpfMap(os.dup(opened.fd), "metrics_map", opened.key_bytes, 8 * cpus)
+        try:
+            rows = []
+            for key, value in every.items():
+                cgroup_id, identity, port, verdict, reason = bpfmap.unpack_metric_key(key)
+                count = sum(int.from_bytes(value[at : at + 8], "little") for at in range(0, len(value), 8))
+                rows.append(
+                    {
+                        "cgroup_id": cgroup_id,
+                        "identity": identity,
+                        "port": port,
+                        "verdict": VERDICTS.get(verdict, str(verdict)),
+                        "reason": reason,
+                        "count": count,
+                    }
+                )
+        finally:
+            every.close()
+            opened.close()
+        return sorted(rows, key=lambda row: -row["count"])
+
+    def flows(self) -> list[dict[str, Any]]:
+        """
+        What agents have going: records suppressed and numbers given, by agent; and who may come in where.
+
+        Connections that agents opened live in their sockets and go with them: no map lists them.
+        """
+        rows: list[dict[str, Any]] = []
+        for key, value in sorted(self.rows("state_map")):
+            state = bpfmap.unpack_state(value)
+            rows.append({"cgroup_id": int.from_bytes(key, "little"), **state})
+        for key, value in sorted(self.rows("inbound_map")):
+            cgroup_id, port = bpfmap.unpack_inbound(key)
+            who = _INBOUND.get(int.from_bytes(value, "little"), "?")
+            rows.append({"cgroup_id": cgroup_id, "inbound_port": port, "from": who})
+        return rows
+
+    def resolve(self, reference: str, cgroup_root: Path) -> dict[str, Any]:
+        """
+        A cgroup id, or a path below the cgroup2 mount, as the agent it is: id, path, enrolled, policy.
+
+        Raises `NotFound` for what is neither, `InvalidInput` for an empty reference.
+        """
+        if not reference:
+            raise InvalidInput("reference: give a cgroup id or a path of a cgroup")
+        enrolled = {row["cgroup_id"]: row for row in self.containers()}
+        if reference.isdecimal():
+            cgroup_id = int(reference)
+            path = next(
+                (one for one in cgroup_root.rglob("*") if one.is_dir() and one.stat().st_ino == cgroup_id), None
+            )
+        else:
+            path = Path(reference) if reference.startswith("/") else cgroup_root / reference
+            if not path.is_dir():
+                raise NotFound(f"{path} is no cgroup")
+            cgroup_id = path.stat().st_ino
+        if path is None and cgroup_id not in enrolled:
+            raise NotFound(f"cgroup {cgroup_id} neither exists nor is enrolled")
+        row = enrolled.get(cgroup_id)
+        above = [one.stat().st_ino for one in path.parents if one.is_dir()] if path is not None else []
+        by = next((one for one in above if one in enrolled), None)
+        return {
+            "cgroup_id": cgroup_id,
+            "path": str(path) if path is not None else "gone",
+            "enrolled": row is not None,
+            "policy": row["policy"] if row is not None else None,
+            "judged_as": cgroup_id if row is not None else by,
+        }
+
+    @contextmanager
+    def ring(self) -> Iterator[Callable[[int], list[accel.KernelEvent]]]:
+        """
+        The ring of records, as a function that takes at most so many. What is taken is gone for every other reader.
+        """
+        opened = self.open("events")
+        ring = bpfmap.RingBuffer(opened.fd)
+        try:
+            yield lambda limit: accel.decode_events(ring.drain(limit))
+        finally:
+            ring.close()
+            opened.close()
+
+    def errors(self) -> dict[str, int]:
+        """
+        Failures of kernel helpers by site and errno, those that happened.
+        """
+        opened = self.open("error_map")
+        cpus = bpfmap.possible_cpus()
+        every = bpfmap.BpfMap(os.dup(opened.fd), "error_map", opened.key_bytes, 8 * cpus)
+        try:
+            found = {}
+            for key, value in every.items():
+                count = sum(int.from_bytes(value[at : at + 8], "little") for at in range(0, len(value), 8))
+                site, number = divmod(int.from_bytes(key, "little"), ERRNOS)
+                if count:
+                    found[f"{SITES.get(site, site)}:{errno.errorcode.get(number, number)}"] = count
+        finally:
+            every.close()
+            opened.close()
+        return found
