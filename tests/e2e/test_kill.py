@@ -13,9 +13,14 @@ import pytest
 
 from clawker_cp.testing.machine import Machine, outcome
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
-
 KILLS = int(os.environ.get("CLAWKER_TEST_KILLS", "5"))
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(120 + 6 * KILLS),
+]
+
 
 # Tries what is denied all the time, and what is allowed now and then; ends when the file appears.
 LOOP = """

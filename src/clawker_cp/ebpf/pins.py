@@ -102,7 +102,7 @@ class Pins:
                     "proxy": config.proxy_addr,
                     "quarantined": config.quarantined,
                     "learn": config.learn,
-                    "bypass_s": round(left, 1),
+                    "bypass_s": round(left, 3),
                 }
             )
         return rows
