@@ -187,7 +187,8 @@ async def test_names_are_no_channel_below_an_allowed_wildcard(served: Served, ro
     code = """
 import socket, struct
 from pathlib import Path
-server = [line.split()[1] for line in Path("/etc/resolv.conf").read_text().splitlines() if line.startswith("nameserver")][0]
+words = Path("/etc/resolv.conf").read_text().split()
+server = words[words.index("nameserver") + 1]
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 sock.settimeout(3)
 answers = {}
@@ -247,9 +248,11 @@ await Lines(stream).until("done")
 manager = [sys.executable, "-m", "clawker_cp.cli.ebpf_manager"]
 rows = json.loads(subprocess.run([*manager, "dump-metrics", "--json"], capture_output=True, check=True).stdout)
 agents = json.loads(subprocess.run([*manager, "dump-containers", "--json"], capture_output=True, check=True).stdout)
-result["counted"] = sum(r["count"] for r in rows if r["cgroup_id"] == agents[0]["cgroup_id"] and r["verdict"] == "denied")
+own = [r for r in rows if r["cgroup_id"] == agents[0]["cgroup_id"]]
+result["counted"] = sum(r["count"] for r in own if r["verdict"] == "denied")
 result["hidden"] = [f["port"] for f in await flows(sandbox) if f.get("port") == 25]
-result["errors"] = json.loads(subprocess.run([*manager, "dump-errors", "--json"], capture_output=True, check=True).stdout)
+errors = subprocess.run([*manager, "dump-errors", "--json"], capture_output=True, check=True).stdout
+result["errors"] = json.loads(errors)
 written = Path(os.environ["CLAWKER_STATE_DIR"]) / "logs" / "flows.jsonl"
 accounted, until = 0, time.monotonic() + 20
 while accounted < 20001 and time.monotonic() < until:

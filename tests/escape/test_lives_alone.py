@@ -35,7 +35,7 @@ async def bypass_left(machine: Machine) -> float:
 
 
 async def test_a_bypass_ends_on_time_with_the_server_dead(machine: Machine) -> None:
-    """Row 9, I3: the server is killed while a bypass runs; after the deadline nothing of the agent's sockets arrives."""
+    """Row 9, I3: the server is killed during a bypass; after its deadline nothing of the agent's sockets arrives."""
     async with serving(machine) as first:
         said = await first.call(
             START
