@@ -62,7 +62,7 @@ NO_MIRROR = {
     "breakglass", "ebpf_changes", "ebpf_looks", "verifier",  # held by test_ebpf_manager and test_budget
 }  # fmt: skip
 # Packages whose modules only mean something together: one test file, named for the package, holds them.
-HELD_TOGETHER = {"auth/authority": "test_authority", "cli/ctl": "test_ctl"}
+HELD_TOGETHER = {"auth/authority": "test_authority", "cli/ctl": "test_ctl", "adminclient": "test_adminclient"}
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:

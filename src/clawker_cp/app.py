@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -43,7 +44,7 @@ from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rulebook import RuleBook
 from clawker_cp.firewall.rules import agent_scope
 from clawker_cp.firewall.store import RuleStore
-from clawker_cp.pki.tree import MOUNTED, find_tree
+from clawker_cp.pki.tree import find_tree
 from clawker_cp.processes.lasting import LastingProcess
 from clawker_cp.rpc.admin import FirewallAddresses, new_admin_server
 from clawker_cp.rpc.control import ControlServicer
@@ -87,8 +88,8 @@ class ControlPlane:
     """
     One server of one host. `run` starts everything, says when it is ready, and drains exactly once.
 
-    `listen` is given who wants to see every line of the log. Ephemeral: it ends when its last sandbox and its
-    last client are gone.
+    `certificates` are files named by flags, by their place in the auth tree; `listen` is given who wants to see every
+    line of the log. Ephemeral: it ends when its last sandbox and its last client are gone.
     """
 
     def __init__(
@@ -99,9 +100,11 @@ class ControlPlane:
         *,
         log_dir: Path | None = None,
         ephemeral: bool = False,
+        certificates: Mapping[str, Path] = MappingProxyType({}),
         listen: Callable[[Callable[[Mapping[str, Any]], None]], None] = lambda _listener: None,
     ) -> None:
         self._listen = listen
+        self._certificates = certificates
         self._settings = settings
         self._directories = directories
         self._rows = rows
@@ -200,7 +203,7 @@ class ControlPlane:
             agents=lambda: self._status.agent_states(),
             state=lambda: self._status.policy_numbers(),
         )
-        self._tree = find_tree(directories.data)
+        self._tree = find_tree(directories.data, self._certificates)
         self._database = Database(directories.data / "controlplane" / "controlplane.db")
         self._quarantines = Quarantines(self._database)
         self._rules = RuleBook(self._policy, hits=lambda: self._reports.hits)
@@ -257,13 +260,8 @@ class ControlPlane:
 
     def _servicers(self) -> tuple[object, object]:
         """AdminService and ControlService over the domain handlers."""
-        view = AgentView(
-            self._roster,
-            Registry(self._database),
-            self._agents,
-            engine="host",
-            enrolled=self._enforcement.enrolled,
-        )
+        registry = Registry(self._database)
+        view = AgentView(self._roster, registry, self._agents, engine="host", enrolled=self._enforcement.enrolled)
         revocation = TokenRevocation(self._surface.tokens.authority, [self._surface.make_auth()])
         control = ControlServicer(
             RuleRpcs(self._rules, view, self._flows, grant_max_s=self._settings.firewall.grant_max_s),
@@ -276,7 +274,7 @@ class ControlPlane:
                 inbound=self._settings.firewall.inbound,
             ),
         )
-        return new_admin_server(self._firewall, Registry(self._database), start=self._startup), control
+        return new_admin_server(self._firewall, registry, start=self._startup), control
 
     def _policy_number(self, sandbox_id: str) -> int:
         agent = self._roster.by_id(sandbox_id)
@@ -305,10 +303,10 @@ class ControlPlane:
 
     def _open_files(self) -> None:
         """Certificates, the database, the authority's keys: verified before anything is bound."""
-        if self._tree.root == MOUNTED:
-            self._tree.verify()
-        else:
+        if self._tree.is_ours:
             self._tree.ensure()
+        else:
+            self._tree.verify()
         self._database.open()
         self._surface.tokens.load(time.time())
 

@@ -16,16 +16,23 @@ import orjson
 from clawker_cp.app import ControlPlane
 from clawker_cp.cli.check import check
 from clawker_cp.errors import ClawkerError
+from clawker_cp.pki.tree import CA, SERVER, SIGNING_JWK
 from clawker_cp.runtime.runner import run_until_signal
 from clawker_cp.telemetry.log import configure
 from clawker_cp.wiring.host_table import preflight
 from clawker_cp.wiring.translation import load_configuration
+
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.command("serve")
 @click.option("--config-dir", type=click.Path(path_type=Path), help="Directory of control-plane.yaml.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Rules, allocations, certificates.")
 @click.option("--log-dir", type=click.Path(path_type=Path), help="Logs and flow records.")
+@click.option("--tls-ca", type=_FILE, help="CA certificate (default: the auth tree's).")
+@click.option("--tls-cert", type=_FILE, help="Server certificate.")
+@click.option("--tls-key", type=_FILE, help="Server key.")
+@click.option("--jwk", type=_FILE, help="Public key of the CLI's assertions, a JWK.")
 @click.option("--check", "only_check", is_flag=True, help="Validate the settings, print the host table, exit.")
 @click.option("--ephemeral", is_flag=True, hidden=True, help="End when the last sandbox is gone (started by run).")
 @click.option("--ready-fd", type=int, hidden=True, help="Write one JSON line there when ready or failed.")
@@ -36,6 +43,10 @@ def serve(
     config_dir: Path | None,
     data_dir: Path | None,
     log_dir: Path | None,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    jwk: Path | None,
     only_check: bool,
     ephemeral: bool,
     ready_fd: int | None,
@@ -51,8 +62,15 @@ def serve(
             return
         sink = configure(log_dir or directories.logs, stderr=not ephemeral)
         try:
+            named = {CA.certificate: tls_ca, SERVER.certificate: tls_cert, SERVER.key: tls_key, SIGNING_JWK: jwk}
             control_plane = ControlPlane(
-                settings, directories, preflight(settings), log_dir=log_dir, ephemeral=ephemeral, listen=sink.listen
+                settings,
+                directories,
+                preflight(settings),
+                log_dir=log_dir,
+                ephemeral=ephemeral,
+                certificates={place: path for place, path in named.items() if path is not None},
+                listen=sink.listen,
             )
             code = run_until_signal(lambda stop: control_plane.run(stop, on_ready=notify.ready))
         finally:

@@ -12,9 +12,10 @@ import datetime as dt
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import orjson
 import structlog
@@ -78,15 +79,29 @@ class Finding:
 class AuthTree:
     """
     The tree at `root`. It can be written where `ca/ca.key` is; elsewhere it is only verified.
+
+    `overrides` gives single files, by their place in the tree, another path (flags win over the tree).
     """
 
-    def __init__(self, root: Path, *, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        overrides: Mapping[str, Path] = MappingProxyType({}),
+        now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
+    ) -> None:
         self.root = root
+        self._overrides = {relative: path for relative, path in overrides.items() if path}
         self._now = now
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the tree may be written: not what is mounted, nor files that were named one by one."""
+        return self.root != MOUNTED and not self._overrides
 
     def path(self, relative: str) -> Path:
         """The full path of a file of the tree."""
-        return self.root / relative
+        return self._overrides.get(relative, self.root / relative)
 
     @property
     def holds_ca_key(self) -> bool:
@@ -160,7 +175,7 @@ class AuthTree:
             identity = self.identity(place)
             if not is_due(identity.certificate, place.profile, self._now()):
                 continue
-            if not self.holds_ca_key:
+            if not self.holds_ca_key or not self.is_ours:
                 left = identity.certificate.not_valid_after_utc - self._now()
                 log.warning("pki_expiring", path=str(self.path(place.certificate)), days=left.days)
                 continue
@@ -258,7 +273,7 @@ class AuthTree:
 
     def _key_lives_elsewhere(self, place: Place) -> bool:
         """The CA's key, and the CLI's, are never mounted into a container."""
-        return place in (CA, CLI_CLIENT, OTEL_SERVER) and self.root == MOUNTED
+        return place in (CA, CLI_CLIENT, OTEL_SERVER) and not self.is_ours
 
     def _look_at_signing_key(self) -> list[Finding]:
         path = self.path(SIGNING_JWK)
@@ -350,11 +365,11 @@ class AuthTree:
         shutil.rmtree(self.root.with_name(f"{PREPARED}{self.root.name}"), ignore_errors=True)
 
 
-def find_tree(data_dir: Path) -> AuthTree:
+def find_tree(data_dir: Path, overrides: Mapping[str, Path] = MappingProxyType({})) -> AuthTree:
     """
-    The tree a server uses: what is mounted into its container, else the host's.
+    The tree a server uses: flags, then what is mounted into its container, else the host's.
     """
-    return AuthTree(MOUNTED if MOUNTED.is_dir() else data_dir / "auth")
+    return AuthTree(MOUNTED if MOUNTED.is_dir() else data_dir / "auth", overrides=overrides)
 
 
 def inconsistent(faulty: list[Finding]) -> ClawkerError:

@@ -329,3 +329,19 @@ def test_the_mounted_tree_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr("clawker_cp.pki.tree.MOUNTED", tmp_path / "mounted")
     assert find_tree(tmp_path).root == tmp_path / "mounted"
+
+
+def test_named_files_win_over_the_tree_and_are_only_verified(made: AuthTree, tmp_path: Path) -> None:
+    """A server with its own files needs nothing else, writes nothing, and a wrong pair is an error."""
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    names = {CA.certificate: "a.pem", SERVER.certificate: "b.pem", SERVER.key: "c.key", SIGNING_JWK: "d.json"}
+    for place, name in names.items():
+        shutil.copy(made.path(place), apart / name)
+    named = AuthTree(tmp_path / "empty", overrides={place: apart / name for place, name in names.items()})
+    assert not named.is_ours and made.is_ours
+    named.verify()
+    assert not (tmp_path / "empty").exists()
+    shutil.copy(made.path(CLI_CLIENT.key), apart / "c.key")
+    with pytest.raises(ClawkerError, match="do not belong together"):
+        named.verify()
