@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.timeout(120 + 6 * KILLS),
+    pytest.mark.timeout(120 + 20 * KILLS),
 ]
 
 

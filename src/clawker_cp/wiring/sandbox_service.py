@@ -211,14 +211,14 @@ class SandboxService:
         code = 137
         try:
             code = await self._lives.finish(sandbox_id)
-        except ClawkerError as error:
+        except (ClawkerError, OSError) as error:
             log.info("sandbox_gone", id=sandbox_id[:12], cause=str(error))
         try:
             if auto_remove:
                 await asyncio.to_thread(self._rows.remove, sandbox_id)
             else:
                 await asyncio.to_thread(self._rows.finished, sandbox_id, int(self._wall()), code)
-        except ClawkerError as error:
+        except (ClawkerError, OSError) as error:
             log.warning("sandbox_row_unwritten", id=sandbox_id[:12], cause=str(error))
         if not ended.done():
             ended.set_result(code)
