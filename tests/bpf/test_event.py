@@ -42,7 +42,7 @@ def test_budgets_are_separate(kernel: Decisions) -> None:
 
     assert [e.verdict for e in events] == [ALLOW] * 2 + [BYPASS] * 3 + [DENY]
     assert events[-1].sequence == 41
-    assert suppressed(kernel, 5) == {"sequence": 41, "suppressed": 35}
+    assert suppressed(kernel, 5) == {"sequence": 41, "suppressed": 35, "uncounted": 0}
 
 
 def test_counters_are_exact_when_records_are_suppressed(kernel: Decisions) -> None:
