@@ -8,11 +8,14 @@ import asyncio
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 
 from clawker_cp.testing.machine import Machine, outcome
 
+ENVOY_TOO = 0.3  # how often Envoy is killed a moment before the server
+KILL_ENVOY = "kill -9 $(sed 's/[^0-9]*\\([0-9]*\\).*/\\1/' {mark})"
 KILLS = int(os.environ.get("CLAWKER_TEST_KILLS", "5"))
 pytestmark = [
     pytest.mark.root,
@@ -46,48 +49,63 @@ raise SystemExit(9)
 """
 
 
+def envoy_mark(machine: Machine) -> Path:
+    return machine.host.directory / "data" / "firewall" / "envoy.pid"
+
+
 async def server_pid(machine: Machine) -> int:
     done = await machine.host.run(["cat", "/run/clawker/cp.pid"])
     return int(done.out.strip() or 0)
 
 
-async def wait_for(machine: Machine, condition: str, limit_s: float = 20) -> None:
-    """Wait until a shell condition holds in the machine."""
+async def wait_for(
+    machine: Machine, condition: str, client: asyncio.subprocess.Process | None = None, limit_s: float = 20
+) -> None:
+    """Wait until a shell condition holds in the machine; fail at once if the client ends before."""
     until = time.monotonic() + limit_s
     while (await machine.host.run(["sh", "-c", condition])).code != 0:
+        if client is not None and client.returncode is not None:
+            tail = (machine.host.directory / "run.err").read_text()[-2000:]
+            raise AssertionError(f"the client ended with {client.returncode}: {tail}")
         log = machine.host.directory / "state" / "logs" / "server.out"
         assert time.monotonic() < until, f"{condition}: {log.read_text()[-2000:]}"
         await asyncio.sleep(0.05)
 
 
 async def test_killing_the_server_opens_nothing_and_the_next_one_adopts(machine: Machine) -> None:
-    """Through many kills of the server nothing denied opens; at the end new names work and the exit code arrives."""
+    """Through many kills of the server and of Envoy nothing denied opens; then new names work, the code arrives."""
     argv = machine.argv(
         "--allow", "https://www.example.com", "--allow", "tcp://db.example.com:5432",
         command=["/usr/bin/python3", "-c", LOOP],
     )  # fmt: skip
-    pipe = asyncio.subprocess.PIPE
-    process = await machine.host.start(argv, env=machine.environment, stdin=pipe, stdout=pipe, stderr=pipe)
+    out, err = machine.host.directory / "run.out", machine.host.directory / "run.err"
     chance = random.Random(7)
-    try:
-        pids: set[int] = set()
-        for _ in range(KILLS):
-            last = max(pids, default=0)
-            known = "$(cat /run/clawker/cp.pid)"
-            await wait_for(machine, f'test -n "{known}" && test "{known}" != {last} && kill -0 "{known}"')
-            await asyncio.sleep(chance.uniform(0.3, 1.5))
-            pid = await server_pid(machine)
-            pids.add(pid)
-            await machine.host.run(["kill", "-9", str(pid)])
-        (machine.workdir / "stop").touch()
-        async with asyncio.timeout(60):
-            out, err = await process.communicate()
-    finally:
-        (machine.workdir / "stop").unlink(missing_ok=True)
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    done = outcome(process.returncode or 0, out.decode(), err.decode())
+    pids: set[int] = set()
+    # Files, not pipes: the client writes all the time, and nobody reads while servers are being killed.
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = await machine.host.start(
+            argv, env=machine.environment, stdin=asyncio.subprocess.DEVNULL, stdout=stdout, stderr=stderr
+        )
+        try:
+            for _ in range(KILLS):
+                last = max(pids, default=0)
+                known = "$(cat /run/clawker/cp.pid)"
+                await wait_for(machine, f'test -n "{known}" && test "{known}" != {last} && kill -0 "{known}"', process)
+                await asyncio.sleep(chance.uniform(0.3, 1.5))
+                pid = await server_pid(machine)
+                pids.add(pid)
+                if chance.random() < ENVOY_TOO:
+                    await machine.host.run(["sh", "-c", KILL_ENVOY.format(mark=envoy_mark(machine))])
+                await machine.host.run(["kill", "-9", str(pid)])
+            (machine.workdir / "stop").touch()
+            async with asyncio.timeout(60):
+                await process.wait()
+        finally:
+            (machine.workdir / "stop").unlink(missing_ok=True)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    done = outcome(process.returncode or 0, out.read_text(), err.read_text())
 
     assert "OPENED" not in done.out and "RESOLVED" not in done.out
     assert "AFTER True" in done.out, done.err[-1500:]
@@ -116,8 +134,7 @@ print("AFTER", time.monotonic() < until, "evil" in page("https://evil.example.or
         while not (machine.workdir / "ready").exists():
             assert time.monotonic() < until
             await asyncio.sleep(0.05)
-        mark = machine.host.directory / "data" / "firewall" / "envoy.pid"
-        await machine.host.run(["sh", "-c", f"kill -9 $(sed 's/[^0-9]*\\([0-9]*\\).*/\\1/' {mark})"])
+        await machine.host.run(["sh", "-c", KILL_ENVOY.format(mark=envoy_mark(machine))])
         (machine.workdir / "killed").touch()
         async with asyncio.timeout(60):
             out, err = await process.communicate()
@@ -139,6 +156,6 @@ async def test_killing_the_client_ends_its_sandbox(machine: Machine) -> None:
     await wait_for(machine, "pgrep -x sleep -a | grep -q 1000")
     process.kill()  # every stage between us and the client is an exec: this is the client
     await process.wait()
-    await wait_for(machine, "! ip link show clawker0 2>/dev/null && ! ls /sys/fs/bpf/clawker 2>/dev/null", 40)
+    await wait_for(machine, "! ip link show clawker0 2>/dev/null && ! ls /sys/fs/bpf/clawker 2>/dev/null", limit_s=40)
 
     assert (await machine.host.run(["ip", "netns", "list"])).out.strip() == ""
