@@ -8,10 +8,15 @@ PACKAGED := $(VENV)/.packages-installed
 BUILT := $(VENV)/.built
 SOURCES := setup.py MANIFEST.in tools/toolchain.py tools/toolchain.txt \
 	$(shell find bpf proto src/clawker_cp/_fast -name '*.[ch]' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.proto')
+GO ?= $(shell command -v go || ls /usr/local/go/bin/go 2>/dev/null)
+PEERS := hydra kratos oathkeeper coredns
+PEERS_BIN := $(CURDIR)/build/peers/bin
+TAGS_hydra := sqlite,json1
+TAGS_kratos := sqlite,json1
 PYTHONS := src tests benchmarks tools setup.py
 REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
-.PHONY: help run test test-fast dev build bench lint types fmt ci doctor system clean
+.PHONY: help run test test-fast dev build bench peers lint types fmt ci doctor system clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +39,14 @@ build: $(BUILT) ## wheel and sdist in dist/
 
 bench: $(BUILT) ## the benchmarks, as ratios in one run
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group -q
+
+peers: $(PEERS:%=$(PEERS_BIN)/%) ## Hydra, Kratos, Oathkeeper and CoreDNS as Go modules, for tests and benchmarks (minutes)
+
+$(PEERS_BIN)/%: tools/peers/%/go.mod tools/peers/%/go.sum
+	@[ -n "$(GO)" ] || { echo "make peers needs Go 1.25 or later on PATH (https://go.dev/doc/install)" >&2; exit 1; }
+	@echo "building $*"
+	@cd tools/peers/$* && GOBIN=$(PEERS_BIN) $(GO) install -tags '$(TAGS_$*)' tool
+	@touch $@
 
 lint: $(BUILT) ## style, layering, sizes, missing tests
 	@$(BIN)/ruff check -q $(PYTHONS)

@@ -8,9 +8,12 @@ that neither the end nor the death of a client touches enforcement. Called by `c
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -22,7 +25,10 @@ from clawker_cp.rpc.local_protocol import SOCKET_NAME, LocalChannel, connect
 CONNECT_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
 ATTEMPTS = 10
+RETRY_MIN_S, RETRY_MAX_S = 0.05, 2.0
 DIED = "SERVER_DIED"
+PASSING = {"ALREADY_RUNNING", DIED}
+PASSING_ERRORS = (ConnectionError, FileNotFoundError, TimeoutError)
 
 
 class ServerRefused(Unavailable):
@@ -36,29 +42,57 @@ def socket_path(directories: Directories) -> Path:
     return directories.state / SOCKET_NAME
 
 
-async def join_server(directories: Directories, streams: tuple[int, int, int]) -> LocalChannel:
+async def join_server(
+    directories: Directories,
+    streams: tuple[int, int, int],
+    *,
+    patience_s: float = 0.0,
+    tell: Callable[[str], None] = lambda _why: None,
+) -> LocalChannel:
     """
     Connect to the server of this host, starting one first if there is none.
 
     A server that is just going away, or another client that starts one at the same moment, is
-    waited for and tried again. Raises `ServerRefused` with the server's own error.
+    waited for and tried again. Raises `ServerRefused` with the server's own error, at once unless
+    there is patience: then whatever stands in the way is told, each new cause once, and tried
+    again, more and more slowly, until it is used up. A command that runs is worth waiting for.
     """
     path = socket_path(directories)
-    refusal: ClawkerError | None = None
-    for _attempt in range(ATTEMPTS):
+    until = time.monotonic() + patience_s
+    delay_s, told = RETRY_MIN_S, ""
+    for attempt in itertools.count(1):
         try:
-            return await connect(path, streams, CONNECT_TIMEOUT_S)
-        except (FileNotFoundError, ConnectionRefusedError):
-            try:
-                await _start_server(directories)
-            except ServerRefused as error:
-                if error.code not in {"ALREADY_RUNNING", DIED}:
+            return await _connect_or_start(directories, path, streams)
+        except (ClawkerError, OSError) as error:
+            passing = _passes(error)
+            if time.monotonic() >= until and not (passing and attempt < ATTEMPTS):
+                if not passing:
                     raise
-                refusal = error
-    raise Unavailable(
-        f"no server answers at {path}" + (f": {refusal}" if refusal else ""),
-        hint="look at the server's log with: tail " + str(directories.state / "logs" / "clawker-controlplane.log"),
-    )
+                raise Unavailable(
+                    f"no server answers at {path}: {error}",
+                    hint=f"look at the server's log with: tail {directories.logs / 'clawker-controlplane.log'}",
+                ) from error
+            if patience_s and str(error) != told:
+                told = str(error)
+                tell(told)
+        await asyncio.sleep(delay_s)
+        delay_s = min(delay_s * 2, RETRY_MAX_S)
+    raise AssertionError
+
+
+def _passes(error: ClawkerError | OSError) -> bool:
+    """Whether another attempt may not meet this."""
+    if isinstance(error, ClawkerError):
+        return error.code in PASSING
+    return isinstance(error, PASSING_ERRORS)
+
+
+async def _connect_or_start(directories: Directories, path: Path, streams: tuple[int, int, int]) -> LocalChannel:
+    try:
+        return await connect(path, streams, CONNECT_TIMEOUT_S)
+    except (FileNotFoundError, ConnectionRefusedError):
+        await _start_server(directories)
+    return await connect(path, streams, CONNECT_TIMEOUT_S)
 
 
 async def _start_server(directories: Directories) -> None:

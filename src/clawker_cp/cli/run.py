@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,8 @@ from clawker_cp.runtime.runner import run_main
 
 OWN_FAILURE = 125  # ruling R40
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-REATTACH_LIMIT = 100
+REATTACH_PATIENCE_S = 600.0
+STABLE_AFTER_S = 5.0  # a server that lives this long after we came is not one that our coming ends
 OUTPUT_DRAIN_S = 2.0
 
 
@@ -104,7 +106,7 @@ class RunClient:
     One run: from the request to the exit code.
 
     If the server dies while the command runs, enforcement holds (I2), a new server is started
-    and the client attaches to the sandbox again, at most `REATTACH_LIMIT` times.
+    and the client attaches to the sandbox again, for as long as that takes up to ten minutes.
     """
 
     def __init__(self, directories: Directories, request: dict[str, Any], output: Output) -> None:
@@ -118,6 +120,8 @@ class RunClient:
         self._colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         self._newline = "\r\n" if request["tty"] else "\n"
         self._pending_signals: list[int] = []
+        self._attached_at = time.monotonic()
+        self._failing_since: float | None = None
 
     async def run(self) -> int:
         if not self._request["tty"]:
@@ -140,19 +144,13 @@ class RunClient:
                 await self._channel.aclose()
 
     async def _events(self, streams: tuple[int, int, int], bridge: TerminalBridge | None) -> int:
-        attaches = 0
         while True:
             channel = self._channel
             if channel is None:
                 raise Unavailable("not connected to a server")
             message = await channel.receive()
             if message is None:
-                attaches += 1
-                if attaches > REATTACH_LIMIT:
-                    raise Unavailable(
-                        "the server went away", hint="enforcement holds; see `clawker-cp check` and the server's log"
-                    )
-                self._say("the server went away; enforcement holds, starting a new one", level="warning")
+                self._lost()
                 await channel.aclose()
                 await self._attach_again(streams)
                 continue
@@ -170,15 +168,32 @@ class RunClient:
                 self._finish(message)
                 return code
 
+    def _lost(self) -> None:
+        """Say that the server is gone; raise if for ten minutes none has stayed."""
+        now = time.monotonic()
+        if now - self._attached_at > STABLE_AFTER_S or self._failing_since is None:
+            self._failing_since = now
+        elif now - self._failing_since > REATTACH_PATIENCE_S:
+            raise Unavailable(
+                "the server ends again and again", hint="enforcement holds; see `clawker-cp check` and the server's log"
+            )
+        self._say("the server went away; enforcement holds, starting a new one", level="warning")
+
     async def _attach_again(self, streams: tuple[int, int, int]) -> None:
         if self._sandbox_id:
             streams, request = (0, 1, 2), {"op": "attach", "id": self._sandbox_id}
         else:  # it died before there was a sandbox: the next one sweeps the rest, and is asked again
             request = self._request
-        self._channel = await join_server(self._directories, streams)
+        self._channel = await join_server(
+            self._directories,
+            streams,
+            patience_s=REATTACH_PATIENCE_S,
+            tell=lambda why: self._say(f"no server yet, trying again: {why}", level="warning"),
+        )
         # A dying server may still take a connection: the next `receive` then sees its end.
         with contextlib.suppress(Unavailable):
             await self._channel.send(request)
+        self._attached_at = time.monotonic()
 
     async def _handle(self, message: dict[str, Any], bridge: TerminalBridge | None) -> int | None:
         event = message.get("event")
