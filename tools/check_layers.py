@@ -36,6 +36,8 @@ FOREIGN = {
     "httpx": (
         "auth/introspect.py",
         "auth/clients.py",
+        "auth/front.py",
+        "auth/hydra.py",
         "adminclient/tokens.py",
         "firewall/envoy/admin.py",
         "processes/health.py",

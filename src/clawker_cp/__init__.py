@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clawker_cp.auth.clients import register_agent_client, register_cli_client
     from clawker_cp.auth.introspect import HydraIntrospector, IntrospectionResult, Introspector
+    from clawker_cp.auth.ory import write_ory_configs
     from clawker_cp.auth.scopes import admin_method_scopes, agent_method_scopes, control_method_scopes
     from clawker_cp.processes.health import HealthCheck
     from clawker_cp.processes.manager import ManagedSubprocess, SubprocessManager
@@ -34,6 +35,7 @@ _MODULES = {
     "new_admin_server": "rpc.admin",
     "register_agent_client": "auth.clients",
     "register_cli_client": "auth.clients",
+    "write_ory_configs": "auth.ory",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "new_admin_server",
     "register_agent_client",
     "register_cli_client",
+    "write_ory_configs",
 ]
 
 

@@ -33,7 +33,7 @@ from clawker_cp.dns.gate import Gate
 from clawker_cp.ebpf import Manager
 from clawker_cp.engines.base import HostFeature, Sandbox
 from clawker_cp.engines.host.engine import HostEngine
-from clawker_cp.errors import ClawkerError, Unsupported
+from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.envoy.access_log import AccessLogTail
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_roots
@@ -73,7 +73,13 @@ from clawker_cp.wiring.reports import Reports
 from clawker_cp.wiring.reserved import learn_addresses
 from clawker_cp.wiring.sandbox_service import SandboxService, host_ids
 from clawker_cp.wiring.server_status import ServerStatus
-from clawker_cp.wiring.translation import adopted_request, gate_settings, life_request, refuse_what_is_not_offered
+from clawker_cp.wiring.translation import (
+    adopted_request,
+    gate_settings,
+    life_request,
+    refuse_host,
+    refuse_what_is_not_offered,
+)
 
 log = structlog.get_logger()
 
@@ -110,6 +116,7 @@ class ControlPlane:
         self._rows = rows
         self._ephemeral = ephemeral
         self._done = asyncio.Event()
+        self._exit_code = 0
         firewall = directories.firewall
         logs = log_dir or directories.logs
 
@@ -253,6 +260,7 @@ class ControlPlane:
             gateway=gateway,
             up=lambda: self._firewall.up,
             is_ready=lambda: self._startup.is_ready,
+            authority=self._surface.tokens.implementation,
             authority_answers=self._surface.tokens.answers,
             parent_exists=lambda: self._engine.parent_cgroup.is_dir(),
         )
@@ -262,7 +270,7 @@ class ControlPlane:
         """AdminService and ControlService over the domain handlers."""
         registry = Registry(self._database)
         view = AgentView(self._roster, registry, self._agents, engine="host", enrolled=self._enforcement.enrolled)
-        revocation = TokenRevocation(self._surface.tokens.authority, [self._surface.make_auth()])
+        revocation = TokenRevocation(self._surface.tokens.revocation, [self._surface.make_auth()])
         control = ControlServicer(
             RuleRpcs(self._rules, view, self._flows, grant_max_s=self._settings.firewall.grant_max_s),
             FlowRpcs(self._flows, self._events, view),
@@ -285,21 +293,15 @@ class ControlPlane:
         Serve until `stop`, or until the last sandbox is gone if ephemeral. Returns the exit code.
         """
         refuse_what_is_not_offered(self._settings)
-        missing = [row for row in self._rows if row.required and not row.present]
-        if missing:
-            raise Unsupported(
-                f"this host cannot enforce: {', '.join(row.name for row in missing)} missing",
-                feature=missing[0].name,
-                needs=missing[0].need,
-                hint="; ".join(row.need for row in missing),
-            )
+        refuse_host(self._rows)
         make_directories(self._directories)
         async with AsyncExitStack() as drain:
             drain.callback(take_pid_file().close)
             await asyncio.to_thread(self._open_files)
             drain.callback(self._database.close)
+            await drain.enter_async_context(self._surface.tokens.supervised())
             await self._serve(stop, on_ready, drain)
-        return 0
+        return self._exit_code
 
     def _open_files(self) -> None:
         """Certificates, the database, the authority's keys: verified before anything is bound."""
@@ -417,23 +419,17 @@ class ControlPlane:
             log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
 
     def _on_hangup(self, group: asyncio.TaskGroup) -> None:
-        group.create_task(self._reload(), name="reload")
-
-    async def _reload(self) -> None:
-        """SIGHUP: read the rules files again; a bad one changes nothing and is said in the log."""
-        try:
-            applied = await self._policy.reload()
-        except ClawkerError as error:
-            log.error("policy_refused", cause=str(error), code=error.code)
-        else:
-            log.info("policy_reloaded", version=applied.version, live=applied.live)
+        group.create_task(self._firewall.reread(), name="reload")
 
     async def _wait_for_end(self, stop: asyncio.Event, group: asyncio.TaskGroup) -> None:
-        stopping = group.create_task(stop.wait(), name="signal")
-        done = group.create_task(self._done.wait(), name="last-sandbox")
-        await asyncio.wait([stopping, done], return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        done.cancel()
+        crash = group.create_task(self._surface.tokens.wait_crash(), name="child-crash")
+        waits = [group.create_task(event.wait(), name="end") for event in (stop, self._done)]
+        ended, _ = await asyncio.wait([crash, *waits], return_when=asyncio.FIRST_COMPLETED)
+        if crash in ended:
+            log.error("cp_child_lost", cause=str(crash.result()), effect="draining; enforcement stays as it is")
+            self._exit_code = 1
+        for task in (crash, *waits):
+            task.cancel()
 
     async def _drain(self) -> None:
         """Stage by stage, each contained; enforcement goes only when nothing of an agent lives (R24)."""
@@ -487,7 +483,7 @@ class ControlPlane:
         while True:
             renewed = await asyncio.to_thread(self._tree.renew)
             if renewed:
-                self._surface.tokens.refresh()
+                await self._surface.tokens.refresh()
             if self._authority.next_renewal() <= dt.datetime.now(dt.UTC) and self._firewall.up:
                 await self._policy.reconcile()
             await asyncio.sleep(CERTIFICATES_EVERY_S)

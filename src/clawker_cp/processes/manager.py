@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 import time
@@ -42,6 +43,7 @@ class ManagedSubprocess:
     exit_status: int | None = None
     output: deque[str] = field(default_factory=lambda: deque(maxlen=OUTPUT_LINES))
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    leaving: bool = False
     _process: asyncio.subprocess.Process | None = field(default=None, repr=False)
 
     @property
@@ -89,6 +91,7 @@ class SubprocessManager:
         """
         Launch and watch a child; its output goes line by line to our standard error.
 
+        The kernel kills it when we die, however that happens: the next start finds its ports free.
         Raises `Conflict` for a name that runs, `Unavailable` if it cannot be started.
         """
         known = self._children.get(name)
@@ -98,7 +101,7 @@ class SubprocessManager:
             raise Unavailable(f"{name} is not started: children are being ended", code="QUEUE_CLOSED")
         try:
             process = await asyncio.create_subprocess_exec(
-                *command,
+                *_dying_with_us(command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -142,6 +145,16 @@ class SubprocessManager:
         if failure is not None:
             raise failure
 
+    async def stop(self, name: str, timeout: float) -> None:
+        """
+        End one child on purpose: SIGTERM, up to `timeout` seconds, SIGKILL. Its name may be started again.
+
+        Raises `NotFound` for a name nobody started.
+        """
+        child = self._child(name)
+        child.leaving = True
+        await self._end(child, timeout)
+
     def begin_shutdown(self) -> None:
         """From here on exits are expected, not crashes."""
         self._expected = True
@@ -155,18 +168,21 @@ class SubprocessManager:
         """End all children, the last started first: SIGTERM, up to `timeout` seconds each, SIGKILL."""
         self.begin_shutdown()
         for child in reversed(list(self._children.values())):
-            if not child.running:
-                continue
-            _signal(child, signal.SIGTERM)
-            try:
-                async with asyncio.timeout(timeout):
+            await self._end(child, timeout)
+
+    async def _end(self, child: ManagedSubprocess, timeout: float) -> None:
+        if not child.running:
+            return
+        _signal(child, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(timeout):
+                await child.ended.wait()
+        except TimeoutError:
+            self._log.warning("processes_killed", name=child.name, pid=child.pid)
+            _signal(child, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KILL_LIMIT_S):
                     await child.ended.wait()
-            except TimeoutError:
-                self._log.warning("processes_killed", name=child.name, pid=child.pid)
-                _signal(child, signal.SIGKILL)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(KILL_LIMIT_S):
-                        await child.ended.wait()
 
     def _child(self, name: str) -> ManagedSubprocess:
         child = self._children.get(name)
@@ -185,7 +201,7 @@ class SubprocessManager:
                     await asyncio.shield(copying)
             copying.cancel()
         child.ended.set()
-        if self._expected:
+        if self._expected or child.leaving:
             self._log.info("processes_ended", name=child.name, status=child.exit_status)
             return
         self._log.error("cp_subprocess_crashed", name=child.name, status=child.exit_status, output=child.last_output())
@@ -207,6 +223,12 @@ class SubprocessManager:
             text = line.decode("utf-8", "replace").rstrip()
             child.output.append(text)
             sys.stderr.write(f"{child.name}: {text}\n")
+
+
+def _dying_with_us(command: Sequence[str]) -> Sequence[str]:
+    """The command behind util-linux's setpriv, which sets PR_SET_PDEATHSIG (prctl(2)) and execs it."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--", *command] if setpriv and shutil.which(command[0]) else command
 
 
 async def _failure_of(work: Coroutine[Any, Any, None]) -> Exception | None:

@@ -42,20 +42,29 @@ class CPStartupOrchestrator:
         return self._ready
 
     def set_service_probes(
-        self, settings: Settings, tls: ssl.SSLContext, more: Sequence[tuple[str, Probe]] = (), *, ory: bool = False
+        self,
+        settings: Settings,
+        tls: ssl.SSLContext,
+        more: Sequence[tuple[str, Probe]] = (),
+        *,
+        ory: Sequence[str] = (),
     ) -> None:
         """
-        Set what `/healthz` asks, in the order of the contract: the token endpoints, the Ory children if
-        `ory`, then `more` (the gRPC listeners, and enforcement, dns, envoy while the firewall is on).
+        Set what `/healthz` asks, in the order of the contract: the token endpoints, the Ory children that run beside
+        Hydra (`kratos`, `oathkeeper`), then `more` (the gRPC listeners; enforcement, dns, envoy while the firewall is
+        on).
 
         `tls` is what a client of the token endpoints trusts.
         """
         control = settings.cli.control_plane
         ports = [("hydra-public", control.hydra_public_port), ("hydra-admin", control.hydra_admin_port)]
-        if ory:
+        if "kratos" in ory:
             ports += [
                 ("kratos-public", settings.ory.kratos_public_port),
                 ("kratos-admin", settings.ory.kratos_admin_port),
+            ]
+        if "oathkeeper" in ory:
+            ports += [
                 ("oathkeeper-proxy", settings.ory.oathkeeper_proxy_port),
                 ("oathkeeper-api", settings.ory.oathkeeper_api_port),
             ]

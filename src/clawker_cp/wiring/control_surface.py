@@ -8,136 +8,31 @@ ready only the boot methods answer.
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import structlog
 
 from clawker_cp.agents.database import Database
-from clawker_cp.auth.authority.endpoints import admin_application, public_application
-from clawker_cp.auth.authority.keys import signing_key
-from clawker_cp.auth.authority.ledger import Ledger
-from clawker_cp.auth.authority.service import TokenAuthority
-from clawker_cp.auth.clients import register_agent_client, register_cli_client
 from clawker_cp.auth.scopes import CLI_CLIENT, admin_method_scopes, control_method_scopes
 from clawker_cp.config import Directories, Settings
 from clawker_cp.pki.material import ListenerMaterial
-from clawker_cp.pki.tree import SIGNING_JWK, AuthTree
+from clawker_cp.pki.tree import AuthTree
 from clawker_cp.rpc.auth import AuthInterceptor
 from clawker_cp.rpc.server import RpcServer
 from clawker_cp.rpc.services import admin_service, control_service
 from clawker_cp.rpc.tls import TlsMaterial
 from clawker_cp.runtime.asgi import Answer, Application, Request
-from clawker_cp.runtime.jwk import public_jwk, read_jwks, thumbprint
 from clawker_cp.runtime.listeners import HttpListener
-from clawker_cp.runtime.startup import CPStartupOrchestrator, tls_answers
+from clawker_cp.runtime.startup import CPStartupOrchestrator
 from clawker_cp.telemetry.metrics import CONTENT_TYPE, Metrics
+from clawker_cp.wiring.ory_stack import token_backend
 
 log = structlog.get_logger()
 
 LOOPBACK = "127.0.0.1"
-SANDBOX_KID = "sandbox"
 CLOSE_LIMIT_S = 5.0
-
-
-class TokenService:
-    """
-    The embedded authority with its files and listeners.
-    """
-
-    def __init__(
-        self, settings: Settings, directory: Path, tree: AuthTree, database: Database, addresses: Sequence[str]
-    ) -> None:
-        self._settings = settings
-        self._directory = directory
-        self._tree = tree
-        self._database = database
-        self._addresses = tuple(addresses)
-        self._material = ListenerMaterial(tree)
-        self._listeners: list[HttpListener] = []
-        self._authority: TokenAuthority | None = None
-
-    @property
-    def authority(self) -> TokenAuthority:
-        assert self._authority is not None
-        return self._authority
-
-    def load(self, now: float) -> None:
-        """
-        Read the signing key and what was spent and revoked. Blocks for the disk.
-        """
-        ports = self._settings.cli.control_plane
-        key = signing_key(self._directory / "token-signing.key")
-        jwk = public_jwk(key.public_key())
-        kid = thumbprint(jwk)
-        ledger = Ledger(self._database)
-        ledger.load(now)
-        base = f"https://{LOOPBACK}:{ports.hydra_public_port}/"
-        self._authority = TokenAuthority(
-            key,
-            kid,
-            ledger,
-            issuer=base,
-            audience=f"{base}oauth2/token",
-            exchanges_per_s=self._settings.oauth.exchanges_per_s,
-        )
-        public = public_application(self._authority, {"keys": [{**jwk, "kid": kid}]})
-        self._listeners = [
-            HttpListener("token endpoint", public, [(host, ports.hydra_public_port) for host in self._addresses]),
-            HttpListener("token admin", admin_application(self._authority), [(LOOPBACK, ports.hydra_admin_port)]),
-        ]
-
-    def open(self) -> None:
-        """
-        Bind the listeners. Raises `Conflict` naming the port that is taken.
-        """
-        for listener in self._listeners:
-            listener.open()
-
-    def start(self, group: asyncio.TaskGroup) -> None:
-        """
-        Serve on what was bound.
-        """
-        self._context = self._material.server_context()
-        for listener in self._listeners:
-            group.create_task(listener.run(self._context), name="token-listener")
-
-    async def register_clients(self) -> None:
-        """
-        Make sure that the CLI's and the agents' clients exist, through the admin API like everybody else.
-        """
-        port = self._settings.cli.control_plane.hydra_admin_port
-        tls = self._material.client_context()
-        jwk = await asyncio.to_thread(self._tree.path(SIGNING_JWK).read_bytes)
-        sandbox = await asyncio.to_thread(signing_key, self._directory / "assertion-signing.key")
-        keys = [*read_jwks(jwk), public_jwk(sandbox.public_key(), kid=SANDBOX_KID)]
-        admin = f"https://localhost:{port}"
-        await register_cli_client(admin, jwk, tls)
-        await register_agent_client(admin, json.dumps({"keys": keys}), tls)
-
-    def refresh(self) -> None:
-        """
-        Take over a renewed certificate; connections go on.
-        """
-        if self._material.refresh(self._context):
-            log.info("token_certificate_renewed")
-
-    async def answers(self) -> bool:
-        """
-        Whether the public endpoint answers now.
-        """
-        port = self._settings.cli.control_plane.hydra_public_port
-        return await tls_answers(LOOPBACK, port, self._material.client_context())
-
-    def close(self) -> None:
-        """
-        Stop serving.
-        """
-        for listener in self._listeners:
-            listener.close()
 
 
 class ControlSurface:
@@ -162,7 +57,7 @@ class ControlSurface:
         self._metrics = metrics
         self._material = ListenerMaterial(tree)
         controlplane = directories.data / "controlplane"
-        self.tokens = TokenService(settings, controlplane, tree, database, (LOOPBACK, gateway))
+        self.tokens = token_backend(settings, controlplane, tree, database, (LOOPBACK, gateway))
         ports = settings.cli.control_plane
         self._health = HttpListener(
             "health",
@@ -182,10 +77,11 @@ class ControlSurface:
         oauth = self._settings.oauth
         self.auth = (
             AuthInterceptor(
-                self.tokens.authority,
+                self.tokens.introspector,
                 {**admin_method_scopes(), **control_method_scopes()},
                 ttl_s=oauth.cache_ttl_s,
                 negative_ttl_s=oauth.negative_ttl_s,
+                bars=self.tokens.bars,
             )
             .require_client_id(CLI_CLIENT)
             .require_common_name(CLI_CLIENT)
@@ -212,12 +108,10 @@ class ControlSurface:
         )
         group.create_task(self._health.run(), name="health-listener")
         group.create_task(self._scrape.run(), name="metrics-listener")
-        self.tokens.start(group)
+        await self.tokens.start(group)
         await self._rpc.start()
         await self.tokens.register_clients()
-        self._startup.set_service_probes(
-            self._settings, self._material.client_context(), [("grpc-admin", self._admin_answers)]
-        )
+        self.probe_also(())
 
     def probe_also(self, probes: Sequence[tuple[str, Callable[[], Any]]]) -> None:
         """
@@ -227,6 +121,7 @@ class ControlSurface:
             self._settings,
             self._material.client_context(),
             [("grpc-admin", self._admin_answers), *probes],
+            ory=self.tokens.children,
         )
 
     async def close(self) -> None:

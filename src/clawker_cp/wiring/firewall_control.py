@@ -203,6 +203,17 @@ class FirewallControl:
         applied: Applied = await self._within(limit_s, self._policy.reload())
         return applied.live
 
+    async def reread(self) -> None:
+        """
+        SIGHUP: read the rules files again; a bad one changes nothing and is said in the log.
+        """
+        try:
+            applied = await self._policy.reload()
+        except ClawkerError as error:
+            log.error("policy_refused", cause=str(error), code=error.code)
+        else:
+            log.info("policy_reloaded", version=applied.version, live=applied.live)
+
     async def status(self) -> FirewallState:
         proxy = self.up and not await self._proxy_probe.failed()
         gate = self.up and not await self._gate_probe.failed()

@@ -56,8 +56,8 @@ class ProxyLike(Protocol):
 
 class ServerStatus:
     """
-    One per server. `up` says whether the firewall is on, `authority_answers` is a probe, `parent_exists`
-    whether the agents' parent cgroup is there.
+    One per server. `up` says whether the firewall is on, `authority` which implementation gives tokens and
+    `authority_answers` is its probe, `parent_exists` says whether the agents' parent cgroup is there.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class ServerStatus:
         gateway: str,
         up: Callable[[], bool],
         is_ready: Callable[[], bool],
+        authority: str,
         authority_answers: Callable[[], Awaitable[bool]],
         parent_exists: Callable[[], bool],
         wall: Callable[[], float] = time.time,
@@ -87,6 +88,7 @@ class ServerStatus:
         self._gateway = gateway
         self._up = up
         self._is_ready = is_ready
+        self._authority = authority
         self._authority_answers = authority_answers
         self._parent_exists = parent_exists
         self._wall = wall
@@ -106,7 +108,7 @@ class ServerStatus:
             Check("engine", self._ask_engine, "host"),
             Check("envoy", self._ask_proxy, "wheel", critical=True),
             Check("dns", answered(partial(gate_answers, self._gateway), off), "gate", critical=True),
-            Check("authority", answered(self._authority_answers, lambda: False), "embedded", critical=True),
+            Check("authority", answered(self._authority_answers, lambda: False), self._authority, critical=True),
             Check("rules", self._ask_rules),
             Check("pki", self._ask_pki),
             Check("accel", self._ask_accel, accel.IMPLEMENTATION),

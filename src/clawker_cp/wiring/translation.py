@@ -4,14 +4,14 @@ From files, settings and requests of clients to what the packages take.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clawker_cp.agents.lifecycle import LifeRequest
 from clawker_cp.config import Directories, Settings, environment, load_settings
 from clawker_cp.dns.settings import BudgetSettings, GateSettings
-from clawker_cp.engines.base import SandboxSpec
+from clawker_cp.engines.base import HostFeature, SandboxSpec
 from clawker_cp.errors import InvalidInput, Unsupported
 
 NO_RULES = "rules: []\n"
@@ -59,7 +59,6 @@ def refuse_what_is_not_offered(settings: Settings) -> None:
         "engine: docker": settings.engine == "docker",
         "stack: container": settings.stack == "container",
         f"dns.coredns: {settings.dns.coredns}": bool(settings.dns.coredns),
-        "oauth.implementation: hydra": settings.oauth.implementation == "hydra",
         f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),
         f"telemetry.otlp_endpoint: {settings.telemetry.otlp_endpoint}": bool(settings.telemetry.otlp_endpoint),
         "firewall.on_exposure: quarantine": settings.firewall.on_exposure == "quarantine",
@@ -71,6 +70,20 @@ def refuse_what_is_not_offered(settings: Settings) -> None:
                 feature=what.partition(":")[0],
                 hint="take it out of control-plane.yaml; docs/operations.md says what is in effect",
             )
+
+
+def refuse_host(rows: Sequence[HostFeature]) -> None:
+    """
+    Raise `Unsupported` for a host that lacks what enforcement cannot do without; names all of it.
+    """
+    missing = [row for row in rows if row.required and not row.present]
+    if missing:
+        raise Unsupported(
+            f"this host cannot enforce: {', '.join(row.name for row in missing)} missing",
+            feature=missing[0].name,
+            needs=missing[0].need,
+            hint="; ".join(row.need for row in missing),
+        )
 
 
 def life_request(request: Mapping[str, Any], *, inbound: str = "host") -> LifeRequest:

@@ -10,7 +10,6 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from clawker_cp.auth.authority.assertions import Client, Rejected, read_assertion
 from clawker_cp.auth.authority.ledger import Ledger
 from clawker_cp.auth.introspect import INACTIVE, IntrospectionResult
+from clawker_cp.auth.rates import RateLimit, too_many
 from clawker_cp.auth.scopes import AGENT_CLIENT
 from clawker_cp.runtime.asgi import MAX_BODY_BYTES, Answer, refusal
 
@@ -31,8 +31,6 @@ log = structlog.get_logger()
 TOKEN_LIFE_S = 3600
 CLI_LIFE_S, AGENT_LIFE_S = 300, 86_460
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-BURST = 200
-ADDRESSES_KEPT = 1024
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -58,12 +56,10 @@ class TokenAuthority:
         self._ledger = ledger
         self.issuer = issuer
         self.audience = audience
-        self._rate = exchanges_per_s
+        self._rate = RateLimit(exchanges_per_s, monotonic=monotonic)
         self._wall = wall
-        self._monotonic = monotonic
         self._clients: dict[str, Client] = {}
         self._documents: dict[str, Mapping[str, Any]] = {}
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self.issued = 0
         self.refused = 0
 
@@ -95,8 +91,8 @@ class TokenAuthority:
         """
         `POST /oauth2/token`: an assertion for an access token.
         """
-        if not self._admit(peer):
-            return refusal(429, "temporarily_unavailable", "too many exchanges", **{"Retry-After": "1"})
+        if not self._rate.admits(peer):
+            return too_many()
         form = read_form(content_type, body)
         if form is None or "grant_type" not in form:
             return refusal(400, "invalid_request", "the request is malformed")
@@ -188,8 +184,8 @@ class TokenAuthority:
         """
         `POST /oauth2/revoke` (RFC 7009): 200 with an empty body, also for a token nobody knows.
         """
-        if not self._admit(peer):
-            return refusal(429, "temporarily_unavailable", "too many exchanges", **{"Retry-After": "1"})
+        if not self._rate.admits(peer):
+            return too_many()
         form = read_form(content_type, body)
         if form is None or not form.get("token"):
             return refusal(400, "invalid_request", "the request is malformed")
@@ -248,18 +244,6 @@ class TokenAuthority:
             algorithm="ES256",
             headers={"typ": "at+jwt", "kid": self._kid},
         )
-
-    def _admit(self, peer: str) -> bool:
-        """One token bucket per address; 0 exchanges a second = no limit."""
-        if self._rate <= 0:
-            return True
-        now = self._monotonic()
-        level, at = self._buckets.pop(peer, (float(BURST), now))
-        level = min(BURST, level + (now - at) * self._rate)
-        self._buckets[peer] = (max(level - 1, 0.0), now)
-        while len(self._buckets) > ADDRESSES_KEPT:
-            self._buckets.popitem(last=False)
-        return level >= 1
 
 
 def read_form(content_type: str, body: bytes) -> dict[str, str] | None:
