@@ -11,21 +11,26 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from clawker_cp._proto.clawker.admin.v1 import admin_pb2, admin_pb2_grpc
 from clawker_cp._proto.clawker.control.v1 import control_pb2_grpc
 from clawker_cp.adminclient.failures import RpcFailed, failure_of
-from clawker_cp.adminclient.identity import ClientIdentity
+from clawker_cp.adminclient.identity import SERVER_NAME, ClientIdentity
 from clawker_cp.adminclient.tokens import TokenSource
 from clawker_cp.errors import DeadlineExceeded
 
-SERVER_NAME = "clawker-controlplane"
 CALL_LIMIT_S = 15.0
 LONG_CALL_LIMIT_S = 210.0
 LONG_CALLS = frozenset({"FirewallInit", "FirewallReload"})
 CLOCK_LIMIT_S = 30.0
 CLOCK_EVERY_S = 0.5
+SETTLE_LIMIT_S = 1.0
+# Two machines never agree exactly, and the authority forgives a minute.
+CLOCK_TOLERANCE_S = 1.0
+WITHOUT_TOKEN = frozenset({"GetSystemTime"})
 T = TypeVar("T")
+_CLOSED = "the client is not open: use `with`"
 
 
 class AsyncAdminClient:
@@ -55,10 +60,8 @@ class AsyncAdminClient:
         return f"AsyncAdminClient({self._target!r})"
 
     async def __aenter__(self) -> AsyncAdminClient:
-        identity = self._identity
-        credentials = grpc.ssl_channel_credentials(
-            identity.read("ca/ca.pem"), identity.read("cli/client.key"), identity.read("cli/client.pem")
-        )
+        material = self._identity.channel_material()
+        credentials = grpc.ssl_channel_credentials(material.ca, material.key, material.leaf)
         options = [
             ("grpc.ssl_target_name_override", SERVER_NAME),
             ("grpc.max_receive_message_length", 16 * 1024 * 1024),
@@ -78,34 +81,45 @@ class AsyncAdminClient:
 
     async def call(self, method: str, request: Any, *, timeout_s: float | None = None) -> Any:
         """
-        One unary call within `timeout_s` (15 s; 210 s for Init and Reload).
+        One unary call within `timeout_s` (15 s; 210 s for Init and Reload); a token is waited for before that.
 
         A refused token is fetched anew and the call repeated, once; nothing else is ever repeated.
         """
-        limit = timeout_s or (LONG_CALL_LIMIT_S if method in LONG_CALLS else CALL_LIMIT_S)
+        if timeout_s is None:
+            timeout_s = LONG_CALL_LIMIT_S if method in LONG_CALLS else CALL_LIMIT_S
         stub = self._method(method)
-        for attempt in (1, 2):
-            token = "" if method == "GetSystemTime" else await self._tokens.token()
+        repeatable = method not in WITHOUT_TOKEN
+        while True:
+            token = await self._tokens.token() if method not in WITHOUT_TOKEN else ""
             try:
-                return await stub(request, timeout=limit, metadata=_bearer(token))
+                return await stub(request, timeout=timeout_s, metadata=_bearer(token))
             except grpc.aio.AioRpcError as error:
-                if attempt == 2 or error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                if not self._is_refused(error, token) or not repeatable:
                     raise failure_of(error) from None
-                self._tokens.discard(token)
-        raise AssertionError
+                repeatable = False
 
     async def stream(self, method: str, requests: Any) -> AsyncIterator[Any]:
         """
         Messages of a streaming method; `requests` is one message, or an iterator for two-way streams.
+
+        A refused token is fetched anew once, if nothing came yet; not for an iterator, which may be used up.
         """
-        call: Any = self._method(method)(requests, metadata=_bearer(await self._tokens.token()))
-        try:
-            async for message in call:
-                yield message
-        except grpc.aio.AioRpcError as error:
-            raise failure_of(error) from None
-        finally:
-            call.cancel()
+        stub = self._method(method)
+        repeatable = isinstance(requests, Message)
+        while True:
+            token = await self._tokens.token()
+            call: Any = stub(requests, metadata=_bearer(token))
+            try:
+                async for message in call:
+                    repeatable = False
+                    yield message
+                return
+            except grpc.aio.AioRpcError as error:
+                if not self._is_refused(error, token) or not repeatable:
+                    raise failure_of(error) from None
+                repeatable = False
+            finally:
+                call.cancel()
 
     async def wait_clock(self, *, limit_s: float = CLOCK_LIMIT_S, wall: Callable[[], float] = time.time) -> None:
         """
@@ -115,15 +129,26 @@ class AsyncAdminClient:
         """
         until = time.monotonic() + limit_s
         while True:
+            # Read before asking: what the call takes does not count as being behind.
+            asked_at = wall()
             answer = await self.call("GetSystemTime", admin_pb2.GetSystemTimeRequest())
-            behind = wall() - answer.unix_nanos / 1e9
-            if behind <= 1.0:
+            behind = asked_at - answer.unix_nanos / 1e9
+            if behind <= CLOCK_TOLERANCE_S:
                 return
             if time.monotonic() >= until:
                 raise DeadlineExceeded(
                     f"the control plane's clock is {behind:.0f} s behind this one", hint="set both clocks"
                 )
             await asyncio.sleep(CLOCK_EVERY_S)
+
+    def _is_refused(self, error: grpc.aio.AioRpcError, token: str) -> bool:
+        """
+        Whether a call failed for its token, which is then forgotten.
+        """
+        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+            return False
+        self._tokens.discard(token)
+        return True
 
     def _method(self, name: str) -> Any:
         if self._channel is None:
@@ -148,13 +173,25 @@ class AdminClient:
     def __enter__(self) -> AdminClient:
         self._runner = asyncio.Runner()
         self._client = self._make()
-        self._run(lambda client: client.__aenter__())
+        try:
+            self._run(lambda client: client.__aenter__())
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._runner is not None and self._client is not None:
-            self._run(lambda client: client.__aexit__())
-            self._runner.close()
+        try:
+            if self._client is not None:
+                self._run(lambda client: client.__aexit__())
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        runner, self._runner, self._client = self._runner, None, None
+        if runner is not None:
+            with runner:
+                runner.run(_settle())
 
     def call(self, method: str, request: Any, *, timeout_s: float | None = None) -> Any:
         """See `AsyncAdminClient.call`."""
@@ -169,7 +206,8 @@ class AdminClient:
         """
         Messages of a server-streaming method, one after the other; leaving the block ends the stream.
         """
-        assert self._client is not None and self._runner is not None
+        if self._client is None or self._runner is None:
+            raise RpcFailed("FAILED_PRECONDITION", _CLOSED)
         messages = self._client.stream(method, request)
         runner = self._runner
 
@@ -184,7 +222,7 @@ class AdminClient:
 
     def _run(self, make: Callable[[AsyncAdminClient], Coroutine[Any, Any, T]]) -> T:
         if self._runner is None or self._client is None:
-            raise RpcFailed("FAILED_PRECONDITION", "the client is not open: use `with`")
+            raise RpcFailed("FAILED_PRECONDITION", _CLOSED)
         return self._runner.run(make(self._client))
 
 
@@ -194,6 +232,17 @@ async def _next(messages: AsyncIterator[Any]) -> Any:
 
 async def _close(messages: Any) -> None:
     await messages.aclose()
+
+
+async def _settle() -> None:
+    """
+    Let what was cancelled end, within a limit.
+
+    gRPC has one poller for all loops of a process: what ends after its loop was closed is an error in another one.
+    """
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=SETTLE_LIMIT_S)
 
 
 def _bearer(token: str) -> tuple[tuple[str, str], ...]:

@@ -29,6 +29,7 @@ REMEDIES: Mapping[str, str] = {
     "CAPACITY": "a bound is reached; the message names it",
 }
 _UNREACHABLE = "is the control plane running? `clawker-cp serve`"
+_UNTRUSTED = "is this the auth tree of that control plane? `clawkerctl auth status`"
 
 
 class RpcFailed(ClawkerError):
@@ -37,7 +38,9 @@ class RpcFailed(ClawkerError):
     """
 
     def __init__(self, status: str, message: str, reason: str = "", details: Mapping[str, str] | None = None) -> None:
-        hint = REMEDIES.get(reason) or (_UNREACHABLE if status == "UNAVAILABLE" and not reason else None)
+        hint = REMEDIES.get(reason)
+        if hint is None and status == "UNAVAILABLE" and not reason:
+            hint = _UNTRUSTED if "CERTIFICATE_VERIFY_FAILED" in message else _UNREACHABLE
         super().__init__(message or status, code=reason or status, hint=hint, details=details)
         self.status = status
 
