@@ -278,12 +278,14 @@ async def test_other_methods_and_places(authority: AuthorityWorld) -> None:
 
 
 async def test_readiness_waits_for_clients(world: EmbeddedWorld) -> None:
-    """Alive from the start, ready once somebody can get a token; on both ports."""
+    """Alive from the start, ready once somebody can get a token, on both ports; who asks before is told to wait."""
     async with world.running(register=False) as live:
         for base in (live.public, live.admin):
             assert (await live.http.get(f"{base}/health/alive")).json() == {"status": "ok"}
             answer = await live.http.get(f"{base}/health/ready")
             assert (answer.status_code, answer.json()) == (503, {"status": "starting"})
+        early = await live.post(data=live.form(live.sign(live.claims())))
+        assert (reply(early), early.headers["retry-after"]) == ((503, "temporarily_unavailable"), "1")
         await register_cli_client(live.admin, live.jwk(), live.tls)
         assert (await live.http.get(f"{live.public}/health/ready")).status_code == 200
 

@@ -16,7 +16,7 @@ import httpx
 import structlog
 
 from clawker_cp.auth.rates import RateLimit, too_many
-from clawker_cp.runtime.asgi import Answer, Application, Request, refusal
+from clawker_cp.runtime.asgi import Answer, Application, Request, unavailable
 
 log = structlog.get_logger()
 
@@ -41,7 +41,8 @@ class HydraFront:
     """
     Forwards to Hydra's public port at `upstream`, whose certificate `tls` judges.
 
-    `application` is what a listener serves; `aclose` gives the connections back.
+    `application` is what a listener serves; `aclose` gives the connections back. Until `ready` is set, which is for
+    whoever registers our clients to do, posts are 503: a client that is refused does not come again.
     """
 
     def __init__(self, upstream: str, tls: ssl.SSLContext, *, exchanges_per_s: int) -> None:
@@ -50,6 +51,7 @@ class HydraFront:
         self._rate = RateLimit(exchanges_per_s)
         self._client: httpx.AsyncClient | None = None
         self._one_at_a_time = asyncio.Lock()
+        self.ready = False
         self.repeated = 0
 
     def application(self) -> Application:
@@ -67,8 +69,11 @@ class HydraFront:
             await client.aclose()
 
     async def _answer(self, request: Request) -> Answer:
-        if request.method == "POST" and not self._rate.admits(request.peer):
-            return too_many()
+        if request.method == "POST":
+            if not self.ready:
+                return unavailable("the authority is starting")
+            if not self._rate.admits(request.peer):
+                return too_many()
         try:
             async with asyncio.timeout(LIMIT_S):
                 if request.method == "POST":
@@ -78,7 +83,7 @@ class HydraFront:
                     said = await self._ask(request)
         except (httpx.HTTPError, OSError, TimeoutError) as error:
             log.warning("token_authority_silent", cause=type(error).__name__)
-            return refusal(503, "temporarily_unavailable", "the authority does not answer", **{"Retry-After": "1"})
+            return unavailable("the authority does not answer")
         return Answer(said.status_code, said.content, {k: v for k, v in said.headers.items() if k in PASSED_ON})
 
     async def _ask(self, request: Request) -> httpx.Response:

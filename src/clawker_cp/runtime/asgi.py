@@ -42,6 +42,13 @@ def refusal(status: int, error: str, text: str, **headers: str) -> Answer:
     return Answer(status, {"error": error, "error_description": text}, headers)
 
 
+def unavailable(text: str) -> Answer:
+    """
+    What is heard by who comes too early, or while a server behind this one is gone; it may come again.
+    """
+    return refusal(503, "temporarily_unavailable", text, **{"Retry-After": "1"})
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request, its body read whole within bounds."""

@@ -92,6 +92,7 @@ class AuthorityWorld:
         """Serve, with both clients registered unless told otherwise."""
         async with self.serving(), httpx.AsyncClient(verify=self.tls, trust_env=False, timeout=10) as self.http:
             if register:
+                self.registered()
                 await register_cli_client(self.admin, self.jwk(), self.tls)
                 await register_agent_client(self.admin, self.jwks(), self.tls)
             yield self
@@ -101,6 +102,9 @@ class AuthorityWorld:
         """Serve on `public_port` and `admin_port`."""
         raise NotImplementedError
         yield
+
+    def registered(self) -> None:
+        """Say that the clients are being registered, where that has to be said."""
 
     @property
     def tls(self) -> ssl.SSLContext:
@@ -203,6 +207,10 @@ class HydraWorld(AuthorityWorld):
     binary: Path = Path("hydra")
     is_hydra: bool = True
 
+    def registered(self) -> None:
+        """Let the front through."""
+        self.front.ready = True
+
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Serve on free ports of loopback; Hydra's own files are below `directory`."""
@@ -216,7 +224,7 @@ class HydraWorld(AuthorityWorld):
             settings, "0" * 64, self.directory / "ory", certificate=pair.certificate, key=pair.key, behind_port=behind
         )
         await migrate(str(self.binary), configs.dsn)
-        front = HydraFront(f"https://127.0.0.1:{behind}", self.tls, exchanges_per_s=self.rate)
+        self.front = front = HydraFront(f"https://127.0.0.1:{behind}", self.tls, exchanges_per_s=self.rate)
         public = HttpListener("token", front.application(), [("127.0.0.1", self.public_port)])
         async with SubprocessManager() as children:
             command = [str(self.binary), "serve", "all", "--sqa-opt-out", "--config", str(configs.hydra)]

@@ -187,6 +187,8 @@ class HydraTokens:
         Make sure that the CLI's and the agents' clients exist with today's keys.
         """
         await register_both(self._settings, self._directory, self._tree, self._material)
+        assert self._front is not None
+        self._front.ready = True
 
     async def refresh(self) -> None:
         """

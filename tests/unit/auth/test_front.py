@@ -50,6 +50,7 @@ async def fronted(
     )
     hydra.open()
     front = HydraFront(f"https://127.0.0.1:{hydra.ports[0]}", ca.client_context(), exchanges_per_s=rate)
+    front.ready = True
     listener = HttpListener("front", front.application(), [("127.0.0.1", 0)])
     listener.open()
     base = f"https://127.0.0.1:{listener.ports[0]}"
@@ -118,11 +119,14 @@ async def test_what_is_not_offered_never_reaches_hydra(tmp_path: Path) -> None:
         assert (await client.get("/health/alive")).status_code == 200
 
 
-async def test_a_hydra_that_is_gone_is_a_503(tmp_path: Path) -> None:
+async def test_a_hydra_that_is_not_ready_or_gone_is_a_503(tmp_path: Path) -> None:
     """With a time to wait, and what went wrong only in the log."""
     ca = TestCa(tmp_path)
     front = HydraFront("https://127.0.0.1:1", ca.client_context(), exchanges_per_s=0)
-    answer = await front._answer(Request("POST", "/oauth2/token", {}, "x", b"", "127.0.0.1"))
+    for ready, said in ((False, "starting"), (True, "does not answer")):
+        front.ready = ready
+        answer = await front._answer(Request("POST", "/oauth2/token", {}, "x", b"", "127.0.0.1"))
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+        assert isinstance(answer.body, dict) and answer.body["error"] == "temporarily_unavailable"
+        assert said in answer.body["error_description"]
     await front.aclose()
-    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
-    assert isinstance(answer.body, dict) and answer.body["error"] == "temporarily_unavailable"

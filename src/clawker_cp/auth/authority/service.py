@@ -24,7 +24,7 @@ from clawker_cp.auth.authority.ledger import Ledger
 from clawker_cp.auth.introspect import INACTIVE, IntrospectionResult
 from clawker_cp.auth.rates import RateLimit, too_many
 from clawker_cp.auth.scopes import AGENT_CLIENT
-from clawker_cp.runtime.asgi import MAX_BODY_BYTES, Answer, refusal
+from clawker_cp.runtime.asgi import MAX_BODY_BYTES, Answer, refusal, unavailable
 
 log = structlog.get_logger()
 
@@ -93,6 +93,8 @@ class TokenAuthority:
         """
         if not self._rate.admits(peer):
             return too_many()
+        if not self.ready:
+            return unavailable("the authority is starting")
         form = read_form(content_type, body)
         if form is None or "grant_type" not in form:
             return refusal(400, "invalid_request", "the request is malformed")
