@@ -25,8 +25,9 @@ from clawker_cp.agents.database import Database
 from clawker_cp.agents.directory import full_name
 from clawker_cp.agents.lifecycle import SandboxLives
 from clawker_cp.agents.quarantines import Quarantines
+from clawker_cp.agents.registration import Registration
 from clawker_cp.agents.registry import Registry
-from clawker_cp.agents.roster import Roster
+from clawker_cp.agents.roster import Roster, RosterResolver
 from clawker_cp.agents.sandbox_rows import SandboxRows
 from clawker_cp.config import Directories, Settings, environment
 from clawker_cp.dns.gate import Gate
@@ -47,6 +48,7 @@ from clawker_cp.firewall.store import RuleStore
 from clawker_cp.pki.tree import find_tree
 from clawker_cp.processes.lasting import LastingProcess
 from clawker_cp.rpc.admin import FirewallAddresses, new_admin_server
+from clawker_cp.rpc.agent import AgentServicer
 from clawker_cp.rpc.control import ControlServicer
 from clawker_cp.rpc.control_agents import AgentRpcs
 from clawker_cp.rpc.control_flows import FlowRpcs
@@ -266,11 +268,11 @@ class ControlPlane:
         )
         self._keeper = HealthKeeper(self._health, self._status.checks())
 
-    def _servicers(self) -> tuple[object, object]:
-        """AdminService and ControlService over the domain handlers."""
+    def _servicers(self) -> tuple[object, object, object]:
+        """AdminService, ControlService and AgentService over the domain handlers."""
         registry = Registry(self._database)
         view = AgentView(self._roster, registry, self._agents, engine="host", enrolled=self._enforcement.enrolled)
-        revocation = TokenRevocation(self._surface.tokens.revocation, [self._surface.make_auth()])
+        revocation = TokenRevocation(self._surface.tokens.revocation, self._surface.make_auths())
         control = ControlServicer(
             RuleRpcs(self._rules, view, self._flows, grant_max_s=self._settings.firewall.grant_max_s),
             FlowRpcs(self._flows, self._events, view),
@@ -282,7 +284,8 @@ class ControlPlane:
                 inbound=self._settings.firewall.inbound,
             ),
         )
-        return new_admin_server(self._firewall, registry, start=self._startup), control
+        registration = Registration(registry, registered=self._agents.registered)
+        return new_admin_server(self._firewall, registry, start=self._startup), control, AgentServicer(registration)
 
     def _policy_number(self, sandbox_id: str) -> int:
         agent = self._roster.by_id(sandbox_id)
@@ -343,7 +346,7 @@ class ControlPlane:
     ) -> list[asyncio.Task[None]]:
         """Open what others call, bring the firewall up, take over what runs; returns what is cancelled at the end."""
         try:
-            await self._surface.open(group, *self._servicers())
+            await self._surface.open(group, *self._servicers(), RosterResolver(self._roster))
             await self._gate.start(group)
             drain.push_async_callback(self._gate.aclose)
             await asyncio.to_thread(self._authority.open)

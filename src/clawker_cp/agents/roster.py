@@ -102,3 +102,18 @@ class Roster:
         for agent in self._by_id.values():
             self._by_address[agent.address] = None if agent.address in self._by_address else agent
             self._by_cgroup[agent.cgroup_id] = None if agent.cgroup_id in self._by_cgroup else agent
+
+
+class RosterResolver:
+    """
+    Fulfils `identity.Resolver` with the roster: for engines whose every running agent is enrolled.
+    """
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+
+    async def running_at(self, address: str) -> list[EnrolledAgent]:
+        """
+        Every agent that has the address; more than one is for the caller to refuse.
+        """
+        return [agent for agent in self._roster if agent.address == address]

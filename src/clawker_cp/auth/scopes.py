@@ -74,3 +74,10 @@ def agent_method_scopes() -> Mapping[str, str]:
     Full method name -> scope, every RPC of AgentService: an agent attests its own identity, once per container.
     """
     return MappingProxyType({"/clawker.agent.v1.AgentService/Register": REGISTER})
+
+
+def health_method_scopes() -> Mapping[str, str]:
+    """
+    Full method name -> scope of the gRPC health service: whoever the listener's certificate check admits.
+    """
+    return MappingProxyType({f"/grpc.health.v1.Health/{method}": PUBLIC for method in ("Check", "Watch", "List")})

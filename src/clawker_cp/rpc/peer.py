@@ -21,12 +21,14 @@ REMEMBERED = 4096
 @dataclass(frozen=True, slots=True)
 class Peer:
     """
-    The leaf a caller proved to hold: `der`, its SHA-256, and its common name ("" unless there is exactly one).
+    The leaf a caller proved to hold: `der`, its SHA-256, its common name ("" unless there is exactly one), and the
+    URIs of its alternative names in their order.
     """
 
     common_name: str
     thumbprint: bytes
     der: bytes
+    uris: tuple[str, ...] = ()
 
 
 def peer_of(context: Any) -> Peer | None:
@@ -49,7 +51,15 @@ def read_leaf(pem: bytes) -> Peer | None:
         leaf = x509.load_pem_x509_certificate(pem)
         names = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         der = leaf.public_bytes(Encoding.DER)
-    except ValueError:
+        uris = tuple(_alternative_names(leaf).get_values_for_type(x509.UniformResourceIdentifier))
+    except (ValueError, x509.DuplicateExtension):
         return None
     name = names[0].value if len(names) == 1 else ""
-    return Peer(name if isinstance(name, str) else "", sha256(der).digest(), der)
+    return Peer(name if isinstance(name, str) else "", sha256(der).digest(), der, uris)
+
+
+def _alternative_names(leaf: x509.Certificate) -> x509.SubjectAlternativeName:
+    try:
+        return leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return x509.SubjectAlternativeName([])

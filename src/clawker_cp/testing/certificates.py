@@ -38,6 +38,16 @@ class TestCa:
 
     __test__ = False
 
+    @classmethod
+    def of(cls, directory: Path, certificate: Path, key: Path) -> TestCa:
+        """An authority that exists, issuing into `directory`: what the released CLI is for its containers."""
+        self = cls.__new__(cls)
+        loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+        self._directory, self._key, self.certificate = directory, loaded, certificate
+        self._name = x509.load_pem_x509_certificate(certificate.read_bytes()).subject
+        return self
+
     def __init__(self, directory: Path, name: str = "clawker CLI CA") -> None:
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())

@@ -133,6 +133,12 @@ class AgentControl:
         """
         await self._order.perform(partial(self._release, agent.id))
 
+    async def registered(self, agent_id: str) -> None:
+        """
+        An agent attested who it is: that ends a quarantine for lack of trust, and no other.
+        """
+        await self._order.perform(partial(self._trust, agent_id))
+
     def quarantine_reason(self, agent_id: str) -> str:
         """
         Why an agent is quarantined, "" if it is not. Reads the database: call it in a thread.
@@ -219,6 +225,12 @@ class AgentControl:
         if agent.quarantined or was:
             await self._kernel.restore(agent)
             log.warning("released", id=agent.id[:12], agent=agent.key)
+
+    async def _trust(self, agent_id: str) -> None:
+        if await asyncio.to_thread(self._quarantines.registered, agent_id):
+            agent = self._known(agent_id)
+            await self._kernel.restore(agent)
+            log.warning("released", id=agent.id[:12], agent=agent.key, cause="registered")
 
     def _known(self, agent_id: str) -> EnrolledAgent:
         agent = self._roster.by_id(agent_id)

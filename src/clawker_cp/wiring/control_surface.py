@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
 from clawker_cp.agents.database import Database
-from clawker_cp.auth.scopes import CLI_CLIENT, admin_method_scopes, control_method_scopes
+from clawker_cp.agents.identity import Resolver
+from clawker_cp.auth.authorizer import QUESTIONS_AT_ONCE
+from clawker_cp.auth.scopes import (
+    AGENT_CLIENT,
+    CLI_CLIENT,
+    admin_method_scopes,
+    agent_method_scopes,
+    control_method_scopes,
+    health_method_scopes,
+)
 from clawker_cp.config import Directories, Settings
 from clawker_cp.pki.material import ListenerMaterial
 from clawker_cp.pki.tree import AuthTree
 from clawker_cp.rpc.auth import AuthInterceptor
+from clawker_cp.rpc.interceptors.identity import IdentityInterceptor
+from clawker_cp.rpc.limits import AGENT_LIMITS
 from clawker_cp.rpc.server import RpcServer
-from clawker_cp.rpc.services import admin_service, control_service
+from clawker_cp.rpc.services import HealthService, Register, admin_service, agent_service, control_service
 from clawker_cp.rpc.tls import TlsMaterial
 from clawker_cp.runtime.asgi import Answer, Application, Request
 from clawker_cp.runtime.listeners import HttpListener
@@ -37,7 +48,7 @@ CLOSE_LIMIT_S = 5.0
 
 class ControlSurface:
     """
-    The listeners of one server. `admin` and `control` are the servicers.
+    The listeners of one server: for operators on loopback, for agents on `gateway`.
     """
 
     def __init__(
@@ -67,51 +78,78 @@ class ControlSurface:
         self._scrape = HttpListener(
             "metrics", Application({("/metrics", "GET"): self._render}), [(LOOPBACK, settings.metrics_port)]
         )
-        self._rpc: RpcServer | None = None
-        self.auth: AuthInterceptor | None = None
+        self._gateway = gateway
+        self._auths: list[AuthInterceptor] = []
+        self._listeners: list[tuple[RpcServer, HealthService]] = []
 
-    def make_auth(self) -> AuthInterceptor:
+    def make_auths(self) -> Sequence[AuthInterceptor]:
         """
-        The interceptor of the admin listener: the CLI's certificate, its client, the scope of each method.
+        The interceptors of both listeners, whose caches a revocation has to reach.
+
+        Operators: the CLI's certificate and client. Agents: their client; who they are is the identity
+        interceptor's business. Both share the bound of questions asked at once.
         """
+        room = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+        operators = self._make_auth({**admin_method_scopes(), **control_method_scopes()}, CLI_CLIENT, room)
+        agents = self._make_auth(agent_method_scopes(), AGENT_CLIENT, room)
+        self._auths = [operators.require_common_name(CLI_CLIENT), agents]
+        return tuple(self._auths)
+
+    def _make_auth(self, scopes: Mapping[str, str], client: str, room: asyncio.Semaphore) -> AuthInterceptor:
         oauth = self._settings.oauth
-        self.auth = (
-            AuthInterceptor(
-                self.tokens.introspector,
-                {**admin_method_scopes(), **control_method_scopes()},
-                ttl_s=oauth.cache_ttl_s,
-                negative_ttl_s=oauth.negative_ttl_s,
-                bars=self.tokens.bars,
-            )
-            .require_client_id(CLI_CLIENT)
-            .require_common_name(CLI_CLIENT)
-        )
-        return self.auth
+        return AuthInterceptor(
+            self.tokens.introspector,
+            {**scopes, **health_method_scopes()},
+            ttl_s=oauth.cache_ttl_s,
+            negative_ttl_s=oauth.negative_ttl_s,
+            bars=self.tokens.bars,
+            room=room,
+        ).require_client_id(client)
 
-    async def open(self, group: asyncio.TaskGroup, admin: Any, control: Any) -> None:
+    async def open(self, group: asyncio.TaskGroup, admin: Any, control: Any, agents: Any, resolver: Resolver) -> None:
         """
         Bind and serve everything. Raises `Conflict` or `Unavailable` naming the port that cannot be had.
+
+        `admin`, `control` and `agents` are the servicers; `resolver` knows who has which address.
         """
         self._health.open()
         self._scrape.open()
         self.tokens.open()
         ports = self._settings.cli.control_plane
-        assert self.auth is not None
-        self._rpc = RpcServer(
-            "admin",
-            [f"{LOOPBACK}:{ports.admin_port}"],
-            self._tls,
-            self.auth,
-            [admin_service(admin), control_service(control)],
+        operators, agents_auth = self._auths
+        names = ("clawker.admin.v1.AdminService", "clawker.control.v1.ControlService")
+        services = [admin_service(admin), control_service(control)]
+        self._add(
+            "admin", f"{LOOPBACK}:{ports.admin_port}", operators, services, names,
             is_ready=lambda: self._startup.is_ready,
-            observe=self._metrics.count_rpc,
-        )
+        )  # fmt: skip
+        self._add(
+            "agents", f"{self._gateway}:{ports.agent_port}", agents_auth, [agent_service(agents)],
+            ("clawker.agent.v1.AgentService",), identity=[IdentityInterceptor(resolver)], limits=AGENT_LIMITS,
+        )  # fmt: skip
         group.create_task(self._health.run(), name="health-listener")
         group.create_task(self._scrape.run(), name="metrics-listener")
         await self.tokens.start(group)
-        await self._rpc.start()
+        for listener, health in self._listeners:
+            await listener.start()
+            await health.serve()
         await self.tokens.register_clients()
         self.probe_also(())
+
+    def _add(
+        self,
+        name: str,
+        address: str,
+        auth: AuthInterceptor,
+        services: list[Register],
+        names: Sequence[str],
+        **more: Any,
+    ) -> None:
+        health = HealthService(names)
+        listener = RpcServer(
+            name, [address], self._tls, auth, [*services, health], observe=self._metrics.count_rpc, **more
+        )
+        self._listeners.append((listener, health))
 
     def probe_also(self, probes: Sequence[tuple[str, Callable[[], Any]]]) -> None:
         """
@@ -120,7 +158,7 @@ class ControlSurface:
         self._startup.set_service_probes(
             self._settings,
             self._material.client_context(),
-            [("grpc-admin", self._admin_answers), *probes],
+            [("grpc-admin", self._admin_answers), ("grpc-agent", self._agents_answer), *probes],
             ory=self.tokens.children,
         )
 
@@ -128,8 +166,9 @@ class ControlSurface:
         """
         Take no new calls, finish those in flight within a bound, stop listening.
         """
-        if self._rpc is not None:
-            await self._rpc.stop(CLOSE_LIMIT_S)
+        for listener, health in self._listeners:
+            await health.leave()
+            await listener.stop(CLOSE_LIMIT_S)
         self.tokens.close()
         self._health.close()
         self._scrape.close()
@@ -145,6 +184,10 @@ class ControlSurface:
     async def _admin_answers(self) -> bool:
         port = self._settings.cli.control_plane.admin_port
         return await _accepts(LOOPBACK, port, self._material.client_context())
+
+    async def _agents_answer(self) -> bool:
+        port = self._settings.cli.control_plane.agent_port
+        return await _accepts(self._gateway, port, self._material.client_context())
 
     async def _healthz(self, request: Request) -> Answer:
         verbose = request.query.get("verbose", [""])[0] not in {"", "0"}

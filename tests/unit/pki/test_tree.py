@@ -267,7 +267,7 @@ def _read_at(directory: int, name: str) -> bytes:
 
 def test_a_writer_killed_at_any_moment_leaves_a_tree_that_can_be_used(tmp_path: Path) -> None:
     """After each of thirty kills the next start finds a consistent tree under the same CA."""
-    made = tree(tmp_path)
+    made = AuthTree(tmp_path / "auth")  # by the clock of the writer
     made.ensure()
     root = made.path(CA.certificate).read_bytes()
     script = (
