@@ -195,6 +195,69 @@ class HostFeature:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class AgentNetwork:
+    """
+    Where agents live, and the addresses that serve them there (contract 1.3); all as text, IPv4.
+
+    `bridge` is the interface of the host's network namespace. On a host `proxy`, `dns` and `cp` are the
+    gateway; a control plane that is a container has addresses of its own.
+    """
+
+    id: str
+    subnet: str
+    gateway: str
+    bridge: str
+    proxy: str
+    dns: str
+    cp: str
+
+    @property
+    def served(self) -> frozenset[str]:
+        """Every address of ours on the network."""
+        return frozenset((self.proxy, self.dns, self.cp))
+
+
+@dataclass(frozen=True, slots=True)
+class AgentContainer:
+    """
+    A container as the engine's own record has it; `labels` are the engine's, nothing is the agent's word.
+
+    `address` is on the agents' network, "" without one. `pid` is its first process in our process
+    namespace, 0 when it does not run. `cgroup_path` is below the cgroup2 mount and `cgroup_id` its inode,
+    0 when it is not known. `interface` is the host's side of its veth, "" when it is not known.
+    `publish` are ports the owner published; `exposures` ways out that the owner gave it (R34).
+    """
+
+    id: str
+    name: str
+    labels: Mapping[str, str]
+    running: bool
+    paused: bool = False
+    address: str = ""
+    pid: int = 0
+    cgroup_path: Path | None = None
+    cgroup_id: int = 0
+    interface: str = ""
+    publish: tuple[Publish, ...] = ()
+    exposures: tuple[str, ...] = ()
+    started_at_unix: int = 0
+    command: tuple[str, ...] = ()
+
+    @property
+    def project(self) -> str:
+        return self.labels.get("dev.clawker.project", "")
+
+    @property
+    def agent(self) -> str:
+        return self.labels.get("dev.clawker.agent", "")
+
+    @property
+    def is_agent(self) -> bool:
+        """Managed and made to be one (contract 1.2, D3)."""
+        return self.labels.get("dev.clawker.managed") == "true" and self.labels.get("dev.clawker.purpose") == "agent"
+
+
 class Engine(Protocol):
     """Who runs agents; verbs raise `errors` classes only and leave nothing half-made when cancelled."""
 
