@@ -23,17 +23,14 @@ import structlog
 
 from clawker_cp.agents.database import Database
 from clawker_cp.agents.directory import full_name
-from clawker_cp.agents.lifecycle import SandboxLives
 from clawker_cp.agents.quarantines import Quarantines
 from clawker_cp.agents.registration import Registration
 from clawker_cp.agents.registry import Registry
-from clawker_cp.agents.roster import Roster, RosterResolver
-from clawker_cp.agents.sandbox_rows import SandboxRows
+from clawker_cp.agents.roster import Roster
 from clawker_cp.config import Directories, Settings, environment
 from clawker_cp.dns.gate import Gate
 from clawker_cp.ebpf import Manager
-from clawker_cp.engines.base import HostFeature, Sandbox
-from clawker_cp.engines.host.engine import HostEngine
+from clawker_cp.engines.base import HostFeature
 from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.envoy.access_log import AccessLogTail
@@ -43,7 +40,6 @@ from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rulebook import RuleBook
-from clawker_cp.firewall.rules import agent_scope
 from clawker_cp.firewall.store import RuleStore
 from clawker_cp.pki.tree import find_tree
 from clawker_cp.processes.lasting import LastingProcess
@@ -54,8 +50,6 @@ from clawker_cp.rpc.control_agents import AgentRpcs
 from clawker_cp.rpc.control_flows import FlowRpcs
 from clawker_cp.rpc.control_rules import RuleRpcs
 from clawker_cp.rpc.control_sandboxes import SandboxRpcs
-from clawker_cp.rpc.local_protocol import SOCKET_NAME
-from clawker_cp.rpc.local_server import ORPHAN_GRACE_S, LocalServer
 from clawker_cp.runtime.health import HealthRegistry
 from clawker_cp.runtime.overseer import Overseer
 from clawker_cp.runtime.startup import CPStartupOrchestrator
@@ -66,22 +60,17 @@ from clawker_cp.telemetry.metrics import Metrics
 from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
 from clawker_cp.wiring.control_surface import ControlSurface
-from clawker_cp.wiring.enforcement import HostEnforcement
+from clawker_cp.wiring.enforcement import Enforcement
+from clawker_cp.wiring.engine_choice import Engine, make_side
 from clawker_cp.wiring.event_bridge import EventBridge
 from clawker_cp.wiring.firewall_control import FirewallControl, KernelWhenUp, gate_answers
 from clawker_cp.wiring.health_keeper import HealthKeeper
 from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_bundle
 from clawker_cp.wiring.reports import Reports
 from clawker_cp.wiring.reserved import learn_addresses
-from clawker_cp.wiring.sandbox_service import SandboxService, host_ids
+from clawker_cp.wiring.sandbox_service import host_ids
 from clawker_cp.wiring.server_status import ServerStatus
-from clawker_cp.wiring.translation import (
-    adopted_request,
-    gate_settings,
-    life_request,
-    refuse_host,
-    refuse_what_is_not_offered,
-)
+from clawker_cp.wiring.translation import gate_settings, refuse_host, refuse_what_is_not_offered
 
 log = structlog.get_logger()
 
@@ -89,15 +78,14 @@ DRAIN_LIMIT_S = 25.0
 GARBAGE_EVERY_S = 30.0
 SOS_KEPT_S = 2.0
 CERTIFICATES_EVERY_S = 3600.0
-UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
 
 
 class ControlPlane:
     """
     One server of one host. `run` starts everything, says when it is ready, and drains exactly once.
 
-    `certificates` are files named by flags, by their place in the auth tree; `listen` is given who wants to see every
-    line of the log. Ephemeral: it ends when its last sandbox and its last client are gone.
+    `engine` runs the agents. `certificates` are files named by flags, by their place in the auth tree; `listen` is
+    given who wants to see every line of the log. Ephemeral: it ends when its last sandbox and its last client are gone.
     """
 
     def __init__(
@@ -105,6 +93,7 @@ class ControlPlane:
         settings: Settings,
         directories: Directories,
         rows: list[HostFeature],
+        engine: Engine,
         *,
         log_dir: Path | None = None,
         ephemeral: bool = False,
@@ -123,22 +112,15 @@ class ControlPlane:
         logs = log_dir or directories.logs
 
         self._manager = Manager(Path(settings.firewall.pin_dir), max_agents=settings.firewall.max_agents)
-        self._engine = HostEngine(
-            state_dir=directories.state,
-            bridge=settings.host.bridge,
-            subnet=settings.host.subnet,
-            cgroup_parent=settings.host.cgroup_parent,
-            masked=(directories.config, directories.data, directories.state, directories.cache),
-            ca_dir=directories.data / "ca-bundle",
-            with_ring=settings.firewall.host_ring,
-            on_drop=lambda event: self._reports.ring(event),
-        )
+        self._engine = engine
+        self._ring = engine.ring if settings.firewall.host_ring else None
+        network = engine.network
         self._roster = Roster()
         self._connections = Connections()
         self._authority = InspectionAuthority(firewall / "certs")
         options = EnvoyOptions(
             directory=firewall / "envoy",
-            proxy_addr=self._engine.gateway,
+            proxy_addr=network.proxy,
             roots=Path(settings.envoy.trusted_ca) if settings.envoy.trusted_ca else find_roots(),
             resolver=("127.0.0.1", settings.dns.proxy_view_port),
             concurrency=settings.envoy.concurrency,
@@ -153,14 +135,16 @@ class ControlPlane:
         )
         self._envoy = EnvoyStack(options, process, self._authority)
         self._access_log = AccessLogTail(options.access_log, self._envoy.admin)
-        self._enforcement = HostEnforcement(
+        self._enforcement = Enforcement(
             self._manager,
-            self._engine,
+            engine,
+            self._ring,
             self._roster,
             self._connections,
             plan=lambda: self._policy.plan,
-            host_ring=settings.firewall.host_ring,
             host_proxy_port=settings.host_proxy.port if settings.host_proxy.enabled else 0,
+            inbound=engine.inbound(settings.firewall.inbound),
+            session_port=engine.session_port,
         )
         self._names = PolicyNames()
         self._policy = Reconciler(
@@ -180,29 +164,23 @@ class ControlPlane:
             self._connections,
             self._manager,
             lambda: self._policy.plan.rule_ids,
-            self._engine.exit_code,
+            engine.exit_code,
             count=lambda flows: self._metrics.count_flows(flows),
         )
         self._gate = Gate(
-            gate_settings(settings, self._engine.gateway),
+            gate_settings(settings, network),
             agents=self._roster,
             policies=self._names,
             kernel=self._manager,
             records=self._reports,
         )
         self._enforcement.tell_withdrawn(self._gate.forget, self._reports.forget)
-        self._lives = SandboxLives(self._engine, self._policy, self._enforcement, self._roster, self._reports.settle)
-        self._local = LocalServer(
-            directories.state / SOCKET_NAME,
-            self._lives,
-            self._reports,
-            partial(life_request, inbound=settings.firewall.inbound),
-        )
+        engine.report_drops(self._reports.ring)
         self._make_services()
 
     def _make_services(self) -> None:
         """What other programs call: firewall, agents, sandboxes, status."""
-        settings, directories, gateway = self._settings, self._directories, self._engine.gateway
+        settings, directories, network = self._settings, self._directories, self._engine.network
         self._events = Overseer()
         self._health = HealthRegistry()
         self._startup = CPStartupOrchestrator(components=self._health.components)
@@ -221,7 +199,7 @@ class ControlPlane:
             self._enforcement,
             self._roster,
             self._quarantines,
-            self._engine.living,
+            lambda reference: self._side.find(reference),
             bypass_default_s=settings.firewall.bypass_default_s,
             bypass_max_s=settings.firewall.bypass_max_s,
             acknowledge_disable=settings.firewall.on_disable == "acknowledge",
@@ -234,22 +212,28 @@ class ControlPlane:
             self._rules,
             self._agents,
             load=self._load_kernel,
-            running=lambda: [full_name(one.project, one.agent) for one in self._engine.living()],
-            gate_answers=partial(gate_answers, gateway),
+            running=self._running_names,
+            gate_answers=partial(gate_answers, network.dns),
             publish_ca=self._write_bundle,
-            addresses=FirewallAddresses(gateway, gateway, f"host:{settings.host.bridge}", self._engine.subnet),
+            addresses=FirewallAddresses(network.proxy, network.dns, network.id, network.subnet),
+            enrol_all=lambda: self._side.enrol_all(),
         )
-        self._lives.require(self._firewall.require_up)
-        self._sandboxes = SandboxService(
-            self._lives,
-            SandboxRows(self._database),
+        self._side = make_side(
+            self._engine,
+            settings,
+            directories,
+            self._policy,
+            self._manager,
+            self._enforcement,
             self._roster,
-            require_up=self._firewall.require_up,
-            gone=self._client_gone,
-            living=self._engine.living,
+            self._reports,
+            self._database,
+            self._quarantines,
+            self._firewall,
+            idle=self._idle,
         )
         self._surface = ControlSurface(
-            settings, directories, self._tree, self._database, self._startup, self._metrics, gateway=gateway
+            settings, directories, self._tree, self._database, self._startup, self._metrics, address=network.cp
         )
         self._status = ServerStatus(
             self._policy,
@@ -259,26 +243,34 @@ class ControlPlane:
             self._tree,
             self._health,
             self._rows,
-            gateway=gateway,
+            engine=self._side.name,
+            dns_address=network.dns,
             up=lambda: self._firewall.up,
             is_ready=lambda: self._startup.is_ready,
             authority=self._surface.tokens.implementation,
             authority_answers=self._surface.tokens.answers,
-            parent_exists=lambda: self._engine.parent_cgroup.is_dir(),
+            engine_answers=self._engine.answers,
         )
         self._keeper = HealthKeeper(self._health, self._status.checks())
 
     def _servicers(self) -> tuple[object, object, object]:
         """AdminService, ControlService and AgentService over the domain handlers."""
         registry = Registry(self._database)
-        view = AgentView(self._roster, registry, self._agents, engine="host", enrolled=self._enforcement.enrolled)
+        view = AgentView(
+            self._roster,
+            registry,
+            self._agents,
+            engine=self._side.name,
+            enrolled=self._enforcement.enrolled,
+            exposures=self._side.exposures,
+        )
         revocation = TokenRevocation(self._surface.tokens.revocation, self._surface.make_auths())
         control = ControlServicer(
             RuleRpcs(self._rules, view, self._flows, grant_max_s=self._settings.firewall.grant_max_s),
             FlowRpcs(self._flows, self._events, view),
             AgentRpcs(self._status.status, view, view, revocation),
             SandboxRpcs(
-                self._sandboxes,
+                self._side.sandboxes,
                 ids=lambda: host_ids(environment()),
                 policy_of=self._policy_number,
                 inbound=self._settings.firewall.inbound,
@@ -286,6 +278,9 @@ class ControlPlane:
         )
         registration = Registration(registry, registered=self._agents.registered)
         return new_admin_server(self._firewall, registry, start=self._startup), control, AgentServicer(registration)
+
+    async def _running_names(self) -> list[str]:
+        return [full_name(one.project, one.agent) for one in await self._side.running()]
 
     def _policy_number(self, sandbox_id: str) -> int:
         agent = self._roster.by_id(sandbox_id)
@@ -318,19 +313,18 @@ class ControlPlane:
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[], None], drain: AsyncExitStack) -> None:
         self._listen(EventBridge(self._events, asyncio.get_running_loop()))
         log.info("cp_starting", pid=os.getpid(), state=str(self._directories.state))
-        await self._engine.start()
-        adopted = self._engine.living()
+        await self._side.prepare()
         ready = False
         try:
             async with asyncio.TaskGroup() as group:
-                running = await self._start(group, drain, adopted)
+                running = await self._start(group, drain)
                 ready = True
                 self._startup.set_ready()
-                log.info("cp_ready", agents=len(adopted))
+                log.info("cp_ready", agents=len(self._roster))
                 on_ready()
                 await self._wait_for_end(stop, group)
-                log.info("drain_started", agents=len(self._lives))
-                self._local.close()
+                log.info("drain_started", agents=len(self._roster))
+                self._side.close()
                 self._policy.close()
                 await self._surface.close()
                 for task in running:
@@ -338,40 +332,29 @@ class ControlPlane:
         finally:
             # However a server that was ready ends, a failed part included, it drains once.
             if ready:
-                self._local.close()
+                self._side.close()
                 await self._drain()
 
-    async def _start(
-        self, group: asyncio.TaskGroup, drain: AsyncExitStack, adopted: list[Sandbox]
-    ) -> list[asyncio.Task[None]]:
+    async def _start(self, group: asyncio.TaskGroup, drain: AsyncExitStack) -> list[asyncio.Task[None]]:
         """Open what others call, bring the firewall up, take over what runs; returns what is cancelled at the end."""
         try:
-            await self._surface.open(group, *self._servicers(), RosterResolver(self._roster))
+            await self._surface.open(group, *self._servicers(), self._side.resolver)
             await self._gate.start(group)
             drain.push_async_callback(self._gate.aclose)
             await asyncio.to_thread(self._authority.open)
             self._write_bundle()
-            for sandbox in adopted:
-                request = adopted_request(sandbox.spec)
-                self._policy.preload(agent_scope(sandbox.project, sandbox.agent), request.rules, learn=request.learn)
-            if self._settings.cli.firewall.enable or adopted:
+            if self._settings.cli.firewall.enable or self._side.living():
                 await self._firewall.bring_up()
                 self._surface.probe_also(self._status.probes())
             self._access_log.open()
             running = self._start_parts(group)
-            await self._sandboxes.wait_running()
-            for sandbox in adopted:
-                await self._adopt(sandbox)
-            self._local.open()
+            running += await self._side.take_over(group, self._agents)
         except BaseException as error:
             self._startup.set_failed(str(error) or type(error).__name__)
             if not self._ephemeral and isinstance(error, Exception):
                 await asyncio.sleep(SOS_KEPT_S)  # whoever watches the start hears why
             await self._surface.close()
             raise
-        running.append(group.create_task(self._local.serve(self._client_gone), name="local"))
-        owned = {sandbox.id for sandbox in adopted if self._sandboxes.adopt(sandbox)}
-        running += [group.create_task(self._follow_adopted(s.id), name="adopted") for s in adopted if s.id not in owned]
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup, group)
         return running
 
@@ -381,7 +364,7 @@ class ControlPlane:
     async def _load_kernel(self) -> None:
         """Attach the programs, drop rows of cgroups that are gone, and tell them what no rule opens."""
         await asyncio.to_thread(self._manager.load, self._engine.parent_cgroup)
-        living = {sandbox.cgroup_id for sandbox in self._engine.living()}
+        living = await self._side.cgroups()
         for cgroup_id in set(self._manager.agents()) - living:
             self._manager.withdraw(cgroup_id)  # its cgroup is gone, and ids are not reused
         await self._learn_addresses()
@@ -395,7 +378,7 @@ class ControlPlane:
             ("access_log", partial(self._access_log.run, self._reports.proxy), "proxy decisions are not recorded"),
             ("garbage", self._collect_garbage, "expired names stay a while"),
             ("bypasses", self._agents.run, "connections outlive a bypass until their next packet"),
-            ("sandboxes", self._sandboxes.run, "no sandbox can be created"),
+            *self._side.parts(),
             ("health", self._keeper.run, "health is not known"),
             ("certificates", self._renew_certificates, "certificates are not renewed"),
         ]
@@ -405,21 +388,6 @@ class ControlPlane:
             group.create_task(supervise(name, factory, blast_radius=radius), name=name)
             for name, factory, radius in parts
         ]
-
-    async def _adopt(self, sandbox: Sandbox) -> None:
-        """Take one sandbox over; one that cannot be is left as the kernel has it and does not stop the others."""
-        try:
-            row = self._manager.agents().get(sandbox.cgroup_id)
-            quarantined = await asyncio.to_thread(self._quarantines.get, sandbox.id)
-            agent = await self._lives.adopt(
-                sandbox,
-                adopted_request(sandbox.spec),
-                bypass_until_ns=row.bypass_until_ns if row is not None else 0,
-                quarantined=quarantined is not None,
-            )
-            self._agents.follow_bypass(agent)
-        except ClawkerError as error:
-            log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
 
     def _on_hangup(self, group: asyncio.TaskGroup) -> None:
         group.create_task(self._firewall.reread(), name="reload")
@@ -436,11 +404,11 @@ class ControlPlane:
 
     async def _drain(self) -> None:
         """Stage by stage, each contained; enforcement goes only when nothing of an agent lives (R24)."""
-        empty = not self._engine.living()
+        empty = await self._nothing_lives()
         for name, stage in (
             ("envoy", self._envoy.stop if empty else self._envoy.leave),
             ("kernel", self._flush if empty else self._leave_kernel),
-            ("engine", lambda: self._engine.aclose(remove=empty)),
+            *self._side.stages(empty=empty),
         ):
             try:
                 async with asyncio.timeout(DRAIN_LIMIT_S):
@@ -456,23 +424,18 @@ class ControlPlane:
     async def _leave_kernel(self) -> None:
         self._manager.close()
 
-    def _client_gone(self) -> None:
-        if self._ephemeral and self._local.idle and not len(self._lives):
-            self._done.set()
-
-    async def _follow_adopted(self, sandbox_id: str) -> None:
-        """Take an adopted sandbox apart at its end; end it if nobody comes back for it."""
+    async def _nothing_lives(self) -> bool:
+        """Whether no agent runs; what cannot be known may run (I2)."""
         try:
-            async with asyncio.TaskGroup() as group:
-                finishing = group.create_task(self._lives.finish(sandbox_id), name="adopted-end")
-                await asyncio.wait([finishing], timeout=UNCLAIMED_S)
-                if not finishing.done() and not self._local.attached(sandbox_id):
-                    log.warning("agents_adopted_unclaimed", id=sandbox_id[:12])
-                    await self._lives.stop(sandbox_id, grace_s=ORPHAN_GRACE_S)
-        except* ClawkerError as group_error:
-            log.info("agents_adopted_gone", id=sandbox_id[:12], cause=str(group_error.exceptions[0]))
-        self._reports.ending(sandbox_id)
-        self._client_gone()
+            async with asyncio.timeout(DRAIN_LIMIT_S):
+                return not await self._side.running()
+        except (ClawkerError, OSError, TimeoutError) as error:
+            log.warning("drain_agents_unknown", cause=str(error), effect="enforcement stays pinned")
+            return False
+
+    def _idle(self) -> None:
+        if self._ephemeral:
+            self._done.set()
 
     async def _collect_garbage(self) -> None:
         while True:
@@ -492,4 +455,4 @@ class ControlPlane:
             await asyncio.sleep(CERTIFICATES_EVERY_S)
 
     async def _learn_addresses(self) -> None:
-        await learn_addresses(self._settings, self._engine, self._policy, self._manager, self._gate)
+        await learn_addresses(self._settings, self._engine, self._ring, self._policy, self._manager, self._gate)

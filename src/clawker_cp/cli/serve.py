@@ -7,6 +7,7 @@ Reads options and settings, starts `app.ControlPlane` and turns its end into an 
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from clawker_cp.errors import ClawkerError
 from clawker_cp.pki.tree import CA, SERVER, SIGNING_JWK
 from clawker_cp.runtime.runner import run_until_signal
 from clawker_cp.telemetry.log import configure
+from clawker_cp.wiring.engine_choice import chosen_engine
 from clawker_cp.wiring.host_table import preflight
 from clawker_cp.wiring.translation import load_configuration
 
@@ -63,16 +65,22 @@ def serve(
         sink = configure(log_dir or directories.logs, stderr=not ephemeral)
         try:
             named = {CA.certificate: tls_ca, SERVER.certificate: tls_cert, SERVER.key: tls_key, SIGNING_JWK: jwk}
-            control_plane = ControlPlane(
-                settings,
-                directories,
-                preflight(settings),
-                log_dir=log_dir,
-                ephemeral=ephemeral,
-                certificates={place: path for place, path in named.items() if path is not None},
-                listen=sink.listen,
-            )
-            code = run_until_signal(lambda stop: control_plane.run(stop, on_ready=notify.ready))
+
+            async def run(stop: asyncio.Event) -> int:
+                async with chosen_engine(settings, directories, only_host=ephemeral) as engine:
+                    control_plane = ControlPlane(
+                        settings,
+                        directories,
+                        preflight(settings),
+                        engine,
+                        log_dir=log_dir,
+                        ephemeral=ephemeral,
+                        certificates={place: path for place, path in named.items() if path is not None},
+                        listen=sink.listen,
+                    )
+                    return await control_plane.run(stop, on_ready=notify.ready)
+
+            code = run_until_signal(run)
         finally:
             sink.close()
     except BaseExceptionGroup as group:

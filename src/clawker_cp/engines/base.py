@@ -201,7 +201,8 @@ class AgentNetwork:
     Where agents live, and the addresses that serve them there (contract 1.3); all as text, IPv4.
 
     `bridge` is the interface of the host's network namespace. On a host `proxy`, `dns` and `cp` are the
-    gateway; a control plane that is a container has addresses of its own.
+    gateway; a control plane that is a container has addresses of its own. `host_proxy` is where the host
+    proxy of the released CLI answers, "" = nowhere.
     """
 
     id: str
@@ -211,6 +212,7 @@ class AgentNetwork:
     proxy: str
     dns: str
     cp: str
+    host_proxy: str = ""
 
     @property
     def served(self) -> frozenset[str]:

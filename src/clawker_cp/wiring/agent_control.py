@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol
 
 import structlog
 
-from clawker_cp.agents.directory import by_container
 from clawker_cp.agents.quarantines import OPERATOR, Quarantines
 from clawker_cp.agents.roster import EnrolledAgent, Roster
-from clawker_cp.engines.base import Sandbox
 from clawker_cp.errors import Conflict, InvalidInput, NotFound
+from clawker_cp.wiring.enforcement import Living
 
 log = structlog.get_logger()
 
@@ -34,9 +33,9 @@ class InOrder(Protocol):
 
 
 class AgentKernel(Protocol):
-    """`HostEnforcement`, as far as one agent is concerned."""
+    """`Enforcement`, as far as one agent is concerned."""
 
-    async def enroll(self, agent: EnrolledAgent, sandbox: Sandbox) -> None: ...
+    async def enroll(self, agent: EnrolledAgent, living: Living) -> None: ...
     def enrolled(self, agent: EnrolledAgent) -> bool: ...
     async def open_until(self, agent: EnrolledAgent, until_ns: int, seconds: float) -> None: ...
     async def end_bypass(self, agent: EnrolledAgent) -> int: ...
@@ -47,7 +46,7 @@ class AgentKernel(Protocol):
 
 class AgentControl:
     """
-    Verbs on running agents. `sandboxes` gives what runs, as the engine knows it.
+    Verbs on running agents. `find` asks the engine for the running agent that a reference means.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class AgentControl:
         kernel: AgentKernel,
         roster: Roster,
         quarantines: Quarantines,
-        sandboxes: Callable[[], Iterable[Sandbox]],
+        find: Callable[[str], Awaitable[Living]],
         *,
         bypass_default_s: int = 30,
         bypass_max_s: int = 3600,
@@ -68,7 +67,7 @@ class AgentControl:
         self._kernel = kernel
         self._roster = roster
         self._quarantines = quarantines
-        self._sandboxes = sandboxes
+        self._find = find
         self._bypass_default_s = bypass_default_s
         self._bypass_max_s = bypass_max_s
         self._acknowledge_disable = acknowledge_disable
@@ -85,8 +84,8 @@ class AgentControl:
 
         Raises `Conflict` (`CONTAINER_GONE`) if nothing like that runs.
         """
-        sandbox = self._running(container_id)
-        await self._order.perform(partial(self._enable, sandbox))
+        living = await self._running(container_id)
+        await self._order.perform(partial(self._enable, living))
 
     async def disable(self, container_id: str) -> None:
         """
@@ -95,13 +94,13 @@ class AgentControl:
         if not container_id:
             raise InvalidInput("container_id: is empty")
         try:
-            sandbox = self._running(container_id)
+            living = await self._running(container_id)
         except Conflict:
             return
         if self._acknowledge_disable:
-            log.info("firewall_disable_ignored", id=sandbox.id[:12])
+            log.info("firewall_disable_ignored", id=living.id[:12])
             return
-        log.info("firewall_disable_refused", id=sandbox.id[:12])
+        log.info("firewall_disable_refused", id=living.id[:12])
         raise Conflict(
             'firewall stays on while the container runs; for a limited time use "firewall bypass"',
             code="AGENT_RUNNING",
@@ -115,8 +114,8 @@ class AgentControl:
             raise InvalidInput(
                 f"timeout_seconds: {seconds} is more than {self._bypass_max_s}", hint="write a rule, or grant one"
             )
-        sandbox = self._running(container_id)
-        await self._order.perform(partial(self._bypass, sandbox, seconds or self._bypass_default_s))
+        living = await self._running(container_id)
+        await self._order.perform(partial(self._bypass, living, seconds or self._bypass_default_s))
 
     # -- ControlService ----------------------------------------------------------------------
 
@@ -179,28 +178,30 @@ class AgentControl:
 
     # -- inner -------------------------------------------------------------------------------
 
-    def _running(self, container_id: str) -> Sandbox:
+    async def _running(self, container_id: str) -> Living:
+        if not container_id:
+            raise InvalidInput("container_id: is empty")
         try:
-            return by_container(container_id, self._sandboxes())
+            return await self._find(container_id)
         except NotFound as error:
             raise Conflict(f"{error.message}, or it is not running", code="CONTAINER_GONE") from error
 
-    async def _enable(self, sandbox: Sandbox) -> None:
-        agent = await self._enrolled(sandbox)
+    async def _enable(self, living: Living) -> None:
+        agent = await self._enrolled(living)
         if agent.bypassed:
             cut = await self._kernel.end_bypass(agent)
             self._bypassed.pop(agent.id, None)
             log.info("bypass_ended", id=agent.id[:12], agent=agent.key, connections_cut=cut)
 
-    async def _enrolled(self, sandbox: Sandbox) -> EnrolledAgent:
-        agent = self._known(sandbox.id)
+    async def _enrolled(self, living: Living) -> EnrolledAgent:
+        agent = self._known(living.id)
         if not self._kernel.enrolled(agent):
-            await self._kernel.enroll(agent, sandbox)
+            await self._kernel.enroll(agent, living)
             log.info("enrolled", id=agent.id[:12], agent=agent.key)
         return agent
 
-    async def _bypass(self, sandbox: Sandbox, seconds: int) -> None:
-        agent = await self._enrolled(sandbox)
+    async def _bypass(self, living: Living, seconds: int) -> None:
+        agent = await self._enrolled(living)
         if agent.quarantined:
             raise Conflict(
                 f"agent {agent.key.removeprefix('agent:')} is quarantined; release it first", code="AGENT_QUARANTINED"

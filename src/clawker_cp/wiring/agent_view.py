@@ -21,7 +21,8 @@ _DIGEST_LENGTH = 64
 
 class AgentView:
     """
-    Fulfils `AgentFinder` and `AgentVerbs` of the servicers. `enrolled` asks the kernel.
+    Fulfils `AgentFinder` and `AgentVerbs` of the servicers. `enrolled` asks the kernel, `exposures` the engine's
+    record.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class AgentView:
         *,
         engine: str,
         enrolled: Callable[[EnrolledAgent], bool],
+        exposures: Callable[[str], Sequence[str]] = lambda _agent_id: (),
     ) -> None:
         self._roster = roster
         self._registry = registry
         self._control = control
         self._engine = engine
         self._enrolled = enrolled
+        self._exposures = exposures
 
     def find(self, container_id: str, project: str, agent: str) -> EnrolledAgent:
         """
@@ -61,6 +64,7 @@ class AgentView:
                 thumbprint=registered[agent.id].thumbprint if agent.id in registered else "",
                 last_seen_unix=registered[agent.id].last_seen if agent.id in registered else 0,
                 quarantine_reason=reasons.get(agent.id, ""),
+                exposures=self._exposures(agent.id),
             )
             for agent in running.values()
         ]

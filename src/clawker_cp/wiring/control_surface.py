@@ -48,7 +48,7 @@ CLOSE_LIMIT_S = 5.0
 
 class ControlSurface:
     """
-    The listeners of one server: for operators on loopback, for agents on `gateway`.
+    The listeners of one server: for operators on loopback, for agents on `address`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ControlSurface:
         startup: CPStartupOrchestrator,
         metrics: Metrics,
         *,
-        gateway: str,
+        address: str,
     ) -> None:
         self._settings = settings
         self._tree = tree
@@ -68,17 +68,17 @@ class ControlSurface:
         self._metrics = metrics
         self._material = ListenerMaterial(tree)
         controlplane = directories.data / "controlplane"
-        self.tokens = token_backend(settings, controlplane, tree, database, (LOOPBACK, gateway))
+        self.tokens = token_backend(settings, controlplane, tree, database, (LOOPBACK, address))
         ports = settings.cli.control_plane
         self._health = HttpListener(
             "health",
             Application({("/healthz", "GET"): self._healthz}),
-            [(LOOPBACK, ports.health_port), (gateway, ports.health_port)],
+            [(LOOPBACK, ports.health_port), (address, ports.health_port)],
         )
         self._scrape = HttpListener(
             "metrics", Application({("/metrics", "GET"): self._render}), [(LOOPBACK, settings.metrics_port)]
         )
-        self._gateway = gateway
+        self._address = address
         self._auths: list[AuthInterceptor] = []
         self._listeners: list[tuple[RpcServer, HealthService]] = []
 
@@ -124,7 +124,7 @@ class ControlSurface:
             is_ready=lambda: self._startup.is_ready,
         )  # fmt: skip
         self._add(
-            "agents", f"{self._gateway}:{ports.agent_port}", agents_auth, [agent_service(agents)],
+            "agents", f"{self._address}:{ports.agent_port}", agents_auth, [agent_service(agents)],
             ("clawker.agent.v1.AgentService",), identity=[IdentityInterceptor(resolver)], limits=AGENT_LIMITS,
         )  # fmt: skip
         group.create_task(self._health.run(), name="health-listener")
@@ -187,7 +187,7 @@ class ControlSurface:
 
     async def _agents_answer(self) -> bool:
         port = self._settings.cli.control_plane.agent_port
-        return await _accepts(self._gateway, port, self._material.client_context())
+        return await _accepts(self._address, port, self._material.client_context())
 
     async def _healthz(self, request: Request) -> Answer:
         verbose = request.query.get("verbose", [""])[0] not in {"", "0"}

@@ -1,21 +1,21 @@
 """
 One agent's enforcement: its kernel row, its published ports, its direct paths, its cuts.
 
-Joins `ebpf.Manager`, the host engine's ring and the compiled plan, for `agents.lifecycle`
-(`Enforcement`) and for the reconciler (`AgentsTarget`).
+Joins `ebpf.Manager`, an engine, the ring around its bridge and the compiled plan, for `agents.lifecycle` and
+`agents.container_lives` (`Enforcement`) and for the reconciler (`AgentsTarget`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import structlog
 
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.ebpf import AgentConfig, Manager
 from clawker_cp.ebpf.config import InboundFrom
-from clawker_cp.engines.base import Sandbox
-from clawker_cp.engines.host.engine import HostEngine
+from clawker_cp.engines.base import AgentNetwork, Publish
 from clawker_cp.engines.host.ring import Direct
 from clawker_cp.engines.host.sockets import SocketInfo
 from clawker_cp.errors import ClawkerError
@@ -27,32 +27,71 @@ from clawker_cp.telemetry.connections import Connections
 
 log = structlog.get_logger()
 
-CONTROL_PORTS = (53, 4444, 7080, 7444)  # of the control plane, as agents see it (contract 1.3)
+CONTROL_PORTS = (4444, 7080, 7444)  # of the control plane, as agents see it (contract 1.3)
 
 
-class HostEnforcement:
+INBOUND = {"host": InboundFrom.HOST, "published": InboundFrom.ANY}
+
+
+class Living(Protocol):
+    """What an engine tells of an agent that runs: a sandbox or a container."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def agent(self) -> str: ...
+    @property
+    def publish(self) -> Sequence[Publish]: ...
+
+
+class Ring(Protocol):
+    """The ring around the agents' bridge."""
+
+    async def admit(self, address: str, direct: Sequence[Direct]) -> None: ...
+    async def admit_all(self, address: str, seconds: float | None) -> None: ...
+    async def end_all(self, address: str) -> None: ...
+
+
+class EngineLike(Protocol):
+    """An engine, as far as enforcement needs one."""
+
+    @property
+    def network(self) -> AgentNetwork: ...
+    async def cut(self, agent_id: str, match: Callable[[SocketInfo], bool], /) -> int: ...
+
+
+class Enforcement:
     """
-    Enrols, moves, cuts and withdraws sandboxes of this host. `plan` gives the plan in force.
+    Enrols, moves, cuts and withdraws agents. `plan` gives the plan in force; `ring` None: there is none.
+
+    `inbound` is `firewall.inbound`: who may connect to ports the owner published. `session_port`: where the
+    control plane may connect to an agent (contract 1.3), 0 = nowhere.
     """
 
     def __init__(
         self,
         manager: Manager,
-        engine: HostEngine,
+        engine: EngineLike,
+        ring: Ring | None,
         roster: Roster,
         connections: Connections,
         *,
         plan: Callable[[], Plan],
-        host_ring: bool,
         host_proxy_port: int = 0,
+        inbound: str = "host",
+        session_port: int = 0,
     ) -> None:
         self._manager = manager
         self._engine = engine
+        self._ring = ring
         self._roster = roster
         self._connections = connections
         self._plan = plan
-        self._host_ring = host_ring
         self._host_proxy_port = host_proxy_port
+        self._inbound = INBOUND.get(inbound)
+        self._session_port = session_port
         self._forget: tuple[Callable[[int], None], ...] = ()
 
     def tell_withdrawn(self, *forget: Callable[[int], None]) -> None:
@@ -61,26 +100,33 @@ class HostEnforcement:
         """
         self._forget = forget
 
-    async def enroll(self, agent: EnrolledAgent, sandbox: Sandbox) -> None:
+    async def enroll(self, agent: EnrolledAgent, living: Living) -> None:
         """
-        Write everything the kernel needs before the first process; returns when it holds.
+        Write everything the kernel needs; returns when it holds.
         """
-        gateway = self._engine.gateway
+        network = self._engine.network
+        proxy_port = self._host_proxy_port if network.host_proxy else 0
         config = AgentConfig(
             policy=agent.policy,
-            proxy_addr=gateway,
-            dns_addr=gateway,
-            cp_addr=gateway,
-            host_addr=gateway,
-            host_proxy_addr=gateway if self._host_proxy_port else "",
-            host_proxy_port=self._host_proxy_port,
+            proxy_addr=network.proxy,
+            dns_addr=network.dns,
+            cp_addr=network.cp,
+            host_addr=network.gateway,
+            host_proxy_addr=network.host_proxy if proxy_port else "",
+            host_proxy_port=proxy_port,
             learn=agent.learn,
             quarantined=agent.quarantined,
             bypass_until_ns=agent.bypass_until_ns,
         )
-        self._manager.set_inbound(agent.cgroup_id, {item.port: InboundFrom.HOST for item in sandbox.publish})
+        self._manager.set_inbound(agent.cgroup_id, self._open_ports(living))
         await self._admit(agent, self._plan())
         self._manager.enroll(agent.cgroup_id, config)
+
+    def _open_ports(self, living: Living) -> dict[int, InboundFrom]:
+        ports = {} if self._inbound is None else {item.port: self._inbound for item in living.publish}
+        if self._session_port:
+            ports[self._session_port] = InboundFrom.CONTROL_PLANE
+        return ports
 
     async def withdraw(self, agent: EnrolledAgent) -> None:
         """
@@ -95,8 +141,8 @@ class HostEnforcement:
         """
         Let an agent pass until a moment of the kernel's clock; ring, gate and kernel each end it by themselves.
         """
-        if self._host_ring and not agent.learn:
-            await self._engine.ring.admit_all(agent.address, seconds)
+        if self._ring is not None and not agent.learn:
+            await self._ring.admit_all(agent.address, seconds)
         self._roster.update(agent.id, bypass_until_ns=until_ns)
         self._manager.bypass(agent.cgroup_id, until_ns)
 
@@ -106,8 +152,8 @@ class HostEnforcement:
         """
         self._manager.bypass(agent.cgroup_id, 0)
         self._roster.update(agent.id, bypass_until_ns=0)
-        if self._host_ring and not agent.learn:
-            await self._engine.ring.end_all(agent.address)
+        if self._ring is not None and not agent.learn:
+            await self._ring.end_all(agent.address)
         return await self.cut_unruled(agent)
 
     async def cut_unruled(self, agent: EnrolledAgent) -> int:
@@ -116,10 +162,10 @@ class HostEnforcement:
         """
         if agent.learn:
             return 0
-        plan, gateway = self._plan(), self._engine.gateway
+        plan, served = self._plan(), self._engine.network.served
 
         def unruled(info: SocketInfo) -> bool:
-            if info.destination == gateway or info.destination.startswith("127.") or ":" in info.destination:
+            if info.destination in served or info.destination.startswith("127.") or ":" in info.destination:
                 return False
             return not passes(plan, agent.policy, info.protocol, info.destination, info.destination_port)
 
@@ -132,15 +178,16 @@ class HostEnforcement:
         self._roster.update(agent.id, quarantined=True, bypass_until_ns=0)
         self._manager.quarantine(agent.cgroup_id, on=True)
         self._manager.bypass(agent.cgroup_id, 0)
-        if self._host_ring:
-            await self._engine.ring.end_all(agent.address)
-            await self._engine.ring.admit(agent.address, [])
-        gateway = self._engine.gateway
+        if self._ring is not None:
+            await self._ring.end_all(agent.address)
+            await self._ring.admit(agent.address, [])
+        network = self._engine.network
+        kept = {(network.dns, 53), *((network.cp, port) for port in CONTROL_PORTS)}
 
         def outside(info: SocketInfo) -> bool:
             if info.destination.startswith("127."):
                 return False
-            return (info.destination, info.destination_port) not in {(gateway, port) for port in CONTROL_PORTS}
+            return (info.destination, info.destination_port) not in kept
 
         return await self._cut(agent, outside, "quarantine")
 
@@ -209,7 +256,7 @@ class HostEnforcement:
         Which of an agent's sockets have no permission left: proxied ones by what the proxy last said
         of them or by their listener, direct ones by their address.
         """
-        gateway = self._engine.gateway
+        network = self._engine.network
         old_hosts, new_hosts = HostTable.of(old), HostTable.of(new)
         forbidden = {
             (source, live.listener)
@@ -220,21 +267,21 @@ class HostEnforcement:
         gone = _listeners(old) - _listeners(new)
 
         def doomed(info: SocketInfo) -> bool:
-            if info.destination == gateway:
+            if info.destination == network.proxy:
                 return info.destination_port in gone or (info.source_port, info.destination_port) in forbidden
-            if info.destination.startswith("127.") or ":" in info.destination:
+            if info.destination in network.served or info.destination.startswith("127.") or ":" in info.destination:
                 return False
             return not passes(plan, new.id, info.protocol, info.destination, info.destination_port)
 
         return doomed
 
     async def _admit(self, agent: EnrolledAgent, plan: Plan) -> None:
-        if not self._host_ring or agent.quarantined:
+        if self._ring is None or agent.quarantined:
             return
         if agent.learn:
-            await self._engine.ring.admit_all(agent.address, None)
+            await self._ring.admit_all(agent.address, None)
         direct = [Direct(str(one.network), one.l4, one.low, one.high) for one in passed(plan, agent.policy)]
-        await self._engine.ring.admit(agent.address, direct)
+        await self._ring.admit(agent.address, direct)
 
 
 def _http_listeners(policy: Policy) -> set[int]:

@@ -89,8 +89,8 @@ class KernelWhenUp:
 
 class FirewallControl:
     """
-    Fulfils `rpc.admin.FirewallHandler`. `load` attaches the programs and tells them what is reserved;
-    `running` names the agents that live; `gate_answers` is a probe; `publish_ca` gives agents the CA.
+    Fulfils `rpc.admin.FirewallHandler`. `load` attaches the programs and tells them what is reserved; `running`
+    names the agents that live, `enrol_all` enrols them; `gate_answers` is a probe; `publish_ca` gives agents the CA.
     """
 
     def __init__(
@@ -103,10 +103,11 @@ class FirewallControl:
         agents: AgentVerbs,
         *,
         load: Callable[[], Awaitable[None]],
-        running: Callable[[], Sequence[str]],
+        running: Callable[[], Awaitable[Sequence[str]]],
         gate_answers: Callable[[], Awaitable[bool]],
         publish_ca: Callable[[], None],
         addresses: FirewallAddresses,
+        enrol_all: Callable[[], Awaitable[None]],
     ) -> None:
         self._policy = policy
         self._kernel = kernel
@@ -119,6 +120,7 @@ class FirewallControl:
         self._gate_answers = gate_answers
         self._publish_ca = publish_ca
         self._addresses = addresses
+        self._enrol_all = enrol_all
         self._up = asyncio.Event()
         self._proxy_probe = Probes([("envoy", proxy.is_healthy)])
         self._gate_probe = Probes([("dns", gate_answers)])
@@ -164,6 +166,7 @@ class FirewallControl:
                 await self.bring_up()
 
         await self._within(limit_s, self._policy.perform(act))
+        await self._within(limit_s, self._enrol_all())
         return self._addresses
 
     async def remove(self, *, limit_s: float) -> None:
@@ -256,7 +259,7 @@ class FirewallControl:
     # -- inner -------------------------------------------------------------------------------
 
     async def _take_down(self) -> None:
-        names = list(self._running())
+        names = list(await self._running())
         if names:
             shown = ", ".join(sorted(names)[:NAMES_SHOWN])
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

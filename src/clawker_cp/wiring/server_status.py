@@ -57,7 +57,7 @@ class ProxyLike(Protocol):
 class ServerStatus:
     """
     One per server. `up` says whether the firewall is on, `authority` which implementation gives tokens and
-    `authority_answers` is its probe, `parent_exists` says whether the agents' parent cgroup is there.
+    `authority_answers` is its probe; `engine_answers` is "" or says what is wrong with the engine.
     """
 
     def __init__(
@@ -70,12 +70,13 @@ class ServerStatus:
         health: HealthRegistry,
         rows: Sequence[HostFeature],
         *,
-        gateway: str,
+        engine: str,
+        dns_address: str,
         up: Callable[[], bool],
         is_ready: Callable[[], bool],
         authority: str,
         authority_answers: Callable[[], Awaitable[bool]],
-        parent_exists: Callable[[], bool],
+        engine_answers: Callable[[], Awaitable[str]],
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
@@ -85,12 +86,13 @@ class ServerStatus:
         self._tree = tree
         self._health = health
         self._rows = tuple(rows)
-        self._gateway = gateway
+        self._engine = engine
+        self._dns_address = dns_address
         self._up = up
         self._is_ready = is_ready
         self._authority = authority
         self._authority_answers = authority_answers
-        self._parent_exists = parent_exists
+        self._engine_answers = engine_answers
         self._wall = wall
         self._started_at = int(wall())
         self._restarts = 0
@@ -105,9 +107,9 @@ class ServerStatus:
 
         return [
             Check("enforcement", self._ask_enforcement, "cgroup-ebpf", critical=True),
-            Check("engine", self._ask_engine, "host"),
+            Check("engine", self._ask_engine, self._engine),
             Check("envoy", self._ask_proxy, "wheel", critical=True),
-            Check("dns", answered(partial(gate_answers, self._gateway), off), "gate", critical=True),
+            Check("dns", answered(partial(gate_answers, self._dns_address), off), "gate", critical=True),
             Check("authority", answered(self._authority_answers, lambda: False), self._authority, critical=True),
             Check("rules", self._ask_rules),
             Check("pki", self._ask_pki),
@@ -123,7 +125,7 @@ class ServerStatus:
             return (await self._ask_enforcement())[0] in {Health.OK, Health.OFF}
 
         async def dns() -> bool:
-            return not self._up() or await gate_answers(self._gateway)
+            return not self._up() or await gate_answers(self._dns_address)
 
         async def envoy() -> bool:
             return not self._up() or await self._proxy.is_healthy()
@@ -142,7 +144,7 @@ class ServerStatus:
             policy_version=self._policy.version,
             policies=numbers["policies"],
             rules=numbers["rules"],
-            engine="host",
+            engine=self._engine,
             stack="embedded",
             agents=tuple(self._roster),
             components=self._health.components(),
@@ -175,7 +177,8 @@ class ServerStatus:
         return Health.OK, f"{numbers['agents']} agents, {numbers['rows']} rows"
 
     async def _ask_engine(self) -> Answer:
-        return (Health.OK, "") if self._parent_exists() else (Health.FAILED, "the agents' parent cgroup is gone")
+        problem = await self._engine_answers()
+        return (Health.FAILED, problem) if problem else (Health.OK, "")
 
     async def _ask_proxy(self) -> Answer:
         while self._restarts < self._proxy.restarts:

@@ -11,7 +11,7 @@ from typing import Any
 from clawker_cp.agents.lifecycle import LifeRequest
 from clawker_cp.config import Directories, Settings, environment, load_settings
 from clawker_cp.dns.settings import BudgetSettings, GateSettings
-from clawker_cp.engines.base import HostFeature, SandboxSpec
+from clawker_cp.engines.base import AgentNetwork, HostFeature, SandboxSpec
 from clawker_cp.errors import InvalidInput, Unsupported
 
 NO_RULES = "rules: []\n"
@@ -31,19 +31,19 @@ def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None 
     return load_settings(directories, environment()), directories
 
 
-def gate_settings(settings: Settings, gateway: str) -> GateSettings:
+def gate_settings(settings: Settings, network: AgentNetwork) -> GateSettings:
     """
-    The gate's settings from the operator's and the engine's gateway.
+    The gate's settings from the operator's and the agents' network.
     """
     budget = settings.dns.budget
     return GateSettings(
-        address=gateway,
+        address=network.dns,
         proxy_view_port=settings.dns.proxy_view_port,
         forwarders=tuple(settings.dns.forwarders),
         zones={zone: tuple(servers) for zone, servers in settings.dns.zones.items()},
-        control_plane_address=gateway,
-        host_proxy_address=gateway,
-        gateway_address=gateway,
+        control_plane_address=network.cp,
+        host_proxy_address=network.host_proxy,
+        gateway_address=network.gateway,
         internal_names=tuple(settings.dns.internal_names),
         budget=BudgetSettings(names=budget.names, name_bytes=budget.bytes, txt=budget.txt),
     )
@@ -56,7 +56,6 @@ def refuse_what_is_not_offered(settings: Settings) -> None:
     A setting that is accepted and then ignored would be worse than an error.
     """
     asked = {
-        "engine: docker": settings.engine == "docker",
         "stack: container": settings.stack == "container",
         f"dns.coredns: {settings.dns.coredns}": bool(settings.dns.coredns),
         f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from clawker_cp.agents.database import Database
+from clawker_cp.agents.directory import by_container
 from clawker_cp.agents.quarantines import Quarantines
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.engines.base import Sandbox, SandboxSpec
@@ -81,9 +82,12 @@ class World:
 
     def make(self, **more: Any) -> AgentControl:
         return AgentControl(
-            AtOnce(), self.kernel, self.roster, self.quarantines, lambda: self.running,
+            AtOnce(), self.kernel, self.roster, self.quarantines, self.find,
             clock_ns=lambda: self.now_ns, wall=lambda: 5.0, **more,
         )  # fmt: skip
+
+    async def find(self, reference: str) -> Sandbox:
+        return by_container(reference, self.running)
 
     @property
     def agent(self) -> EnrolledAgent:

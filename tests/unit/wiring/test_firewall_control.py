@@ -36,11 +36,18 @@ class Host:
         self.version = 1
         self.stuck: asyncio.Event | None = None
         self.ended = asyncio.Event()
+        self.enrolled = 0
         self.control = FirewallControl(
             self, self, self, self, RuleBook(self), self,
-            load=self._load, running=lambda: self.names, gate_answers=self._answers,
-            publish_ca=lambda: self.told.append("publish"), addresses=ADDRESSES,
+            load=self._load, running=self._running_names, gate_answers=self._answers,
+            publish_ca=lambda: self.told.append("publish"), addresses=ADDRESSES, enrol_all=self._enrol_all,
         )  # fmt: skip
+
+    async def _running_names(self) -> list[str]:
+        return self.names
+
+    async def _enrol_all(self) -> None:
+        self.enrolled += 1
 
     async def _load(self) -> None:
         self.told.append("load")
@@ -124,6 +131,7 @@ async def test_init_brings_everything_up_once() -> None:
     assert await host.control.init(limit_s=5) == ADDRESSES
     assert await host.control.init(limit_s=5) == ADDRESSES
     assert host.told == ["load", "start"] and host.control.up
+    assert host.enrolled == 2
 
 
 async def test_a_start_that_fails_leaves_it_off() -> None:

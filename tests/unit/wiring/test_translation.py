@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from clawker_cp.config import DnsBudget, DnsSettings, FleetSettings, Settings
-from clawker_cp.engines.base import HostFeature
+from clawker_cp.engines.base import AgentNetwork, HostFeature
 from clawker_cp.errors import InvalidInput, Unsupported
 from clawker_cp.wiring.translation import (
     adopted_request,
@@ -35,20 +35,21 @@ def test_flags_beat_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_gate_has_the_operators_numbers() -> None:
-    """Forwarders, zones and budgets are those of the settings; every address is the gateway's."""
+    """Forwarders, zones and budgets are those of the settings; addresses are those of the agents' network."""
     dns = DnsSettings(
         forwarders=["192.0.2.1"], zones={"corp": ["192.0.2.2"]}, budget=DnsBudget(names=1, bytes=2, txt=3)
     )
-    gate = gate_settings(msgspec.structs.replace(Settings(), dns=dns), "10.0.0.1")
+    network = AgentNetwork("n", "10.0.0.0/24", "10.0.0.1", "b", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
+    gate = gate_settings(msgspec.structs.replace(Settings(), dns=dns), network)
     assert (gate.forwarders, gate.zones) == (("192.0.2.1",), {"corp": ("192.0.2.2",)})
     assert (gate.budget.names, gate.budget.name_bytes, gate.budget.txt) == (1, 2, 3)
-    assert {gate.address, gate.control_plane_address, gate.host_proxy_address, gate.gateway_address} == {"10.0.0.1"}
+    addresses = (gate.address, gate.control_plane_address, gate.host_proxy_address, gate.gateway_address)
+    assert addresses == ("10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.1")
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"engine": "docker"}, "engine"),
         ({"stack": "container"}, "stack"),
         ({"fleet": FleetSettings(name="f", endpoints=["https://x"])}, r"fleet\.name"),
         ({"dns": DnsSettings(coredns="/usr/bin/coredns")}, r"dns\.coredns"),

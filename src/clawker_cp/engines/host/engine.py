@@ -21,7 +21,7 @@ from pathlib import Path
 
 import structlog
 
-from clawker_cp.engines.base import RingEvent, Sandbox, SandboxSpec
+from clawker_cp.engines.base import AgentNetwork, RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.engines.host.filesystem import check_view, etc_files
@@ -87,6 +87,34 @@ class HostEngine:
         self._ended: dict[str, int] = {}
         self._creating = asyncio.Lock()
         self._removing: dict[str, asyncio.Event] = {}
+
+    session_port = 0  # its sandboxes run no agent daemon (R32)
+
+    def inbound(self, setting: str) -> str:
+        """
+        Who may come in where `firewall.inbound` says so: a sandbox's ports are on loopback only (R33).
+        """
+        return "none" if setting == "none" else "host"
+
+    async def answers(self) -> str:
+        """
+        What is wrong with the engine, "" if nothing is.
+        """
+        return "" if self.parent_cgroup.is_dir() else "the agents' parent cgroup is gone"
+
+    def report_drops(self, on_drop: Callable[[RingEvent], None]) -> None:
+        """
+        Say, before `start`, who is told of packets that the ring drops.
+        """
+        self._on_drop = on_drop
+
+    @property
+    def network(self) -> AgentNetwork:
+        """Where sandboxes live; everything of ours is at the gateway (contract 1.3)."""
+        gateway = self.gateway
+        return AgentNetwork(
+            f"host:{self._bridge}", self.subnet, gateway, self._bridge, gateway, gateway, gateway, gateway
+        )
 
     @property
     def parent_cgroup(self) -> Path:

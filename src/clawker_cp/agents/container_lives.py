@@ -1,0 +1,321 @@
+"""
+The lives of containers that somebody else starts and stops, in the order that keeps them closed.
+
+A container is denied as soon as programs judge its cgroup; it is opened as far as its rules say only when its
+row is written; its rows go only after its death (I4). The engine is asked for every step: an event says that
+something may have changed, never what is true (I9). Engine, policy, kernel and ring are passed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from clawker_cp.agents.directory import full_name
+from clawker_cp.agents.quarantines import EXPOSURE, Quarantines
+from clawker_cp.agents.roster import EnrolledAgent, Roster
+from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
+
+log = structlog.get_logger()
+
+NO_RULES = "rules: []\n"
+DEATH_LIMIT_S = 10.0
+AT_ONCE = 16  # containers that a reconcile works on at the same time
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
+
+
+class ContainerLike(Protocol):
+    """A container as its engine describes it (`engines.base.AgentContainer`)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def agent(self) -> str: ...
+    @property
+    def is_agent(self) -> bool: ...
+    @property
+    def running(self) -> bool: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def cgroup_path(self) -> Path | None: ...
+    @property
+    def exposures(self) -> Sequence[str]: ...
+
+
+class ContainerEngine(Protocol):
+    """The engine's record."""
+
+    async def inspect(self, reference: str) -> ContainerLike: ...
+    async def living(self) -> Sequence[ContainerLike]: ...
+
+
+class PolicyControl(Protocol):
+    """The reconciler: a known agent has a policy number."""
+
+    async def put_ephemeral(self, key: str, rules: str, *, learn: bool = False) -> int: ...
+    def policy_of(self, key: str) -> int: ...
+    async def perform(self, act: Callable[[], Awaitable[object]]) -> object: ...
+    async def drop_ephemeral(self, key: str) -> None: ...
+
+
+class ContainerEnforcement(Protocol):
+    """Kernel and ring, for one container."""
+
+    async def attach(self, container: ContainerLike) -> int:
+        """Let programs judge the container's cgroup, without a row: denied. Returns the cgroup id."""
+        ...
+
+    async def admit(self, agent: EnrolledAgent, container: ContainerLike) -> None:
+        """Write the row and let its frames pass; returns when both hold."""
+        ...
+
+    async def holds(self, agent: EnrolledAgent, container: ContainerLike) -> bool:
+        """Whether row and programs are there for exactly this cgroup, asked now."""
+        ...
+
+    async def wait_dead(self, cgroup_id: int) -> None:
+        """Wait until no process can be in the cgroup any more."""
+        ...
+
+    async def withdraw(self, agent: EnrolledAgent) -> None:
+        """Take back everything of a dead container."""
+        ...
+
+
+async def _nothing_to_settle(_container_id: str) -> None:
+    return
+
+
+class ContainerLives:
+    """
+    Follows agents of an engine. Every verb may be repeated, overtaken and late: it brings one container to
+    what the engine says of it now. Verbs on one container happen one after the other.
+
+    `up`: whether the firewall is on; while it is off nothing is enrolled. `adopted` gives the deadline that
+    the kernel still has for a cgroup. `quarantine_exposed`: `firewall.on_exposure`. `settle` is awaited
+    between a death and the withdrawal, while records still find their agent.
+    """
+
+    def __init__(
+        self,
+        engine: ContainerEngine,
+        policy: PolicyControl,
+        enforcement: ContainerEnforcement,
+        roster: Roster,
+        quarantines: Quarantines,
+        *,
+        up: Callable[[], bool],
+        bypass_until_ns: Callable[[int], int] = lambda _cgroup_id: 0,
+        quarantine_exposed: bool = False,
+        settle: Callable[[str], Awaitable[None]] = _nothing_to_settle,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._policy = policy
+        self._enforcement = enforcement
+        self._roster = roster
+        self._quarantines = quarantines
+        self._up = up
+        self._bypass_until_ns = bypass_until_ns
+        self._quarantine_exposed = quarantine_exposed
+        self._settle = settle
+        self._wall = wall
+        self._room = asyncio.Semaphore(AT_ONCE)
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._containers: dict[str, ContainerLike] = {}
+        self._failed: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._containers)
+
+    def living(self) -> list[ContainerLike]:
+        """
+        The enrolled containers, as they were last described.
+        """
+        return list(self._containers.values())
+
+    def failures(self) -> dict[str, str]:
+        """
+        Running agents that are denied because they could not be enrolled, by id, and why.
+        """
+        return dict(self._failed)
+
+    async def refresh(self, container_id: str) -> ContainerLike | None:
+        """
+        Bring one container to what the engine says of it; returns it if it runs and is an agent.
+
+        Raises what engine, policy and kernel raise; the container is denied then, and `reconcile` tries again.
+        """
+        async with self._only(container_id):
+            try:
+                container = await self._engine.inspect(container_id)
+            except NotFound:
+                await self._end(container_id)
+                return None
+            if not (container.is_agent and container.running):
+                await self._end(container.id)
+                return None
+            if self._up():
+                await self._follow(container)
+            return container
+
+    async def ensure(self, reference: str) -> ContainerLike:
+        """
+        Find a running agent by id, prefix or name and see that it is enrolled.
+
+        Raises `Conflict` (`CONTAINER_GONE`) for what is none or does not run.
+        """
+        try:
+            container = await self._engine.inspect(reference)
+        except NotFound as error:
+            raise Conflict(f"{error.message}, or it is not running", code="CONTAINER_GONE") from error
+        found = await self.refresh(container.id) if container.is_agent else None
+        if found is None:
+            raise Conflict(f"container {reference!r} is no agent that runs", code="CONTAINER_GONE")
+        return found
+
+    async def destroyed(self, container_id: str) -> None:
+        """
+        Forget what outlives a stop: a container that is gone for good never comes back under its id.
+        """
+        async with self._only(container_id):
+            await self._end(container_id)
+            await asyncio.to_thread(self._quarantines.forget, container_id)
+
+    async def reconcile(self) -> None:
+        """
+        Compare everything with the engine's list, as after a gap in its events.
+
+        One container's failure is logged and does not keep the others; a list that cannot be had is raised.
+        """
+        listed = {container.id for container in await self._engine.living()}
+        async with asyncio.TaskGroup() as group:
+            for container_id in listed | set(self._containers):
+                group.create_task(self.attempt(container_id), name=f"reconcile-{container_id[:12]}")
+
+    async def attempt(self, container_id: str) -> None:
+        """
+        `refresh`, with failures logged instead of raised.
+        """
+        try:
+            async with self._room:
+                await self.refresh(container_id)
+        except (ClawkerError, OSError) as error:
+            cause = str(error) or type(error).__name__
+            if self._failed.get(container_id) != cause:
+                log.error("enroll_failed", id=container_id[:12], cause=cause, effect="the agent stays denied")
+            self._failed[container_id] = cause
+
+    # -- inner -------------------------------------------------------------------------------
+
+    async def _follow(self, container: ContainerLike) -> None:
+        known = self._roster.by_id(container.id)
+        cgroup_id = await self._enforcement.attach(container)
+        if known is not None and known.cgroup_id != cgroup_id:
+            # It was started again: what its former cgroup had goes, the new one has nothing yet.
+            await self._withdraw(known)
+            known = None
+        if known is not None and known.address == container.address and await self._enforcement.holds(known, container):
+            self._containers[container.id] = container
+            self._failed.pop(container.id, None)
+            return
+        self._check(container)
+        key = _key(container)
+        await self._policy.put_ephemeral(key, NO_RULES)
+        quarantined = await asyncio.to_thread(self._judge_exposures, container)
+
+        async def enrol() -> None:
+            agent = EnrolledAgent(
+                id=container.id,
+                project=container.project,
+                agent=container.agent,
+                address=container.address,
+                cgroup_id=cgroup_id,
+                policy=self._policy.policy_of(key),
+                quarantined=quarantined,
+                bypass_until_ns=self._bypass_until_ns(cgroup_id),
+            )
+            await self._enforcement.admit(agent, container)
+            self._roster.put(agent)
+            self._containers[container.id] = container
+            log.info("enrolled", id=agent.id, agent=key, policy=agent.policy, address=agent.address)
+
+        # Among the policy changes, so that none of them passes between the number and the row.
+        await self._policy.perform(enrol)
+        self._failed.pop(container.id, None)
+
+    def _check(self, container: ContainerLike) -> None:
+        names = [name for name in (container.project, container.agent) if name]
+        if not container.agent or not all(_NAME.fullmatch(name) for name in names):
+            raise Unavailable(f"labels of container {container.id[:12]}: project and agent are no usable names")
+        if not container.address:
+            raise Unavailable(
+                f"container {container.id[:12]} has no address on the agents' network",
+                code="clawker_net_endpoint_missing",
+                hint="connect it to the agents' network",
+            )
+
+    def _judge_exposures(self, container: ContainerLike) -> bool:
+        """Tell of ways out the owner gave; returns whether the agent is quarantined, for this or another cause."""
+        if container.exposures and not self._quarantines.accepts(container.id, container.exposures):
+            shown = ", ".join(container.exposures)
+            log.warning(
+                "agent_exposed",
+                id=container.id,
+                agent=_key(container),
+                exposures=shown,
+                name=full_name(container.project, container.agent),
+            )
+            if self._quarantine_exposed and self._quarantines.get(container.id) is None:
+                self._quarantines.put(container.id, EXPOSURE, f"exposed: {shown}"[:200], int(self._wall()))
+        return self._quarantines.get(container.id) is not None
+
+    async def _end(self, container_id: str) -> None:
+        agent = self._roster.by_id(container_id)
+        self._failed.pop(container_id, None)
+        if agent is not None:
+            await self._settle(container_id)
+            await self._withdraw(agent)
+        self._containers.pop(container_id, None)
+
+    async def _withdraw(self, agent: EnrolledAgent) -> None:
+        try:
+            async with asyncio.timeout(DEATH_LIMIT_S):
+                await self._enforcement.wait_dead(agent.cgroup_id)
+        except TimeoutError as error:
+            # Something of it still lives: row and rules stay, and a later look tries again (I4).
+            raise Unavailable(f"processes of container {agent.id[:12]} are still there after its end") from error
+        self._roster.remove(agent.id)
+        await self._enforcement.withdraw(agent)
+        if not self._roster.with_key(agent.key):
+            await self._policy.drop_ephemeral(agent.key)
+        log.info("withdrawn", id=agent.id, agent=agent.key)
+
+    @asynccontextmanager
+    async def _only(self, container_id: str) -> AsyncIterator[None]:
+        """One verb at a time for one container, in order of arrival; locks go with their last holder."""
+        lock, holders = self._locks.get(container_id, (asyncio.Lock(), 0))
+        self._locks[container_id] = (lock, holders + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, holders = self._locks[container_id]
+            if holders == 1:
+                del self._locks[container_id]
+            else:
+                self._locks[container_id] = (lock, holders - 1)
+
+
+def _key(container: ContainerLike) -> str:
+    return f"agent:{container.project}/{container.agent}"
