@@ -144,6 +144,11 @@ class ContainerLives:
         """
         return list(self._containers.values())
 
+    @property
+    def enrols(self) -> bool:
+        """Whether agents are enrolled now: the firewall is on."""
+        return self._up()
+
     def failures(self) -> dict[str, str]:
         """
         Running agents that are denied because they could not be enrolled, by id, and why.
