@@ -122,9 +122,7 @@ class Manager:
         return self._ring is not None
 
     def close(self) -> None:
-        """
-        Give descriptors back; enforcement stays pinned. Safe to call twice.
-        """
+        """Give descriptors back; enforcement stays pinned. Safe to call twice."""
         if self._ring is not None:
             self._ring.close()
             self._ring = None
