@@ -133,6 +133,16 @@ int shim_get(const char *path)
 	return bpf_obj_get(path);
 }
 
+int shim_link_cgroup(int link_fd, uint64_t *cgroup_id)
+{
+	struct bpf_link_info info = { 0 };
+	uint32_t size = sizeof(info);
+	int rc = bpf_obj_get_info_by_fd(link_fd, &info, &size);
+
+	*cgroup_id = info.cgroup.cgroup_id;
+	return rc;
+}
+
 int shim_update(int map, const void *key, const void *value, uint64_t flags)
 {
 	return bpf_map_update_elem(map, key, value, flags);

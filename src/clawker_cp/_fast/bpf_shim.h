@@ -40,6 +40,8 @@ int shim_attach(int program_fd, int cgroup_fd, uint32_t type);
 int shim_replace(int link_fd, int program_fd);
 int shim_pin(int fd, const char *path);
 int shim_get(const char *path);
+/* 0: the cgroup is gone and so is what held its programs, its last socket. */
+int shim_link_cgroup(int link_fd, uint64_t *cgroup_id);
 
 int shim_update(int map, const void *key, const void *value, uint64_t flags);
 int shim_lookup(int map, const void *key, void *value);
@@ -55,6 +57,7 @@ int shim_ring_fd(const struct shim_ring *ring);
 int shim_ring_drain(struct shim_ring *ring, struct clawker_event *into, size_t room);
 void shim_ring_close(struct shim_ring *ring);
 
+/* The program may write to `context`. */
 int shim_run(int program_fd, void *context, uint32_t size, uint32_t *answer);
 
 #endif

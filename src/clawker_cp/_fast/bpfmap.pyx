@@ -31,6 +31,7 @@ cdef extern from "bpf_shim.h" nogil:
     int shim_program_fd(bpf_object *object, const char *name)
     int shim_attach(int program_fd, int cgroup_fd, uint32_t type)
     int shim_replace(int link_fd, int program_fd)
+    int shim_link_cgroup(int link_fd, uint64_t *cgroup_id)
     int shim_pin(int fd, const char *path)
     int shim_get(const char *path)
     int shim_update(int map, const void *key, const void *value, uint64_t flags)
@@ -291,8 +292,15 @@ def open_pinned(str path) -> int:
     return check(shim_get(c_path), f"open {path}")
 
 
-def run_program(int program_fd, bytes context) -> int:
-    """Run a `syscall` program once on a copy of `context`; its return value as an unsigned number."""
+def link_cgroup(int link_fd) -> int:
+    """Id of the cgroup a link is attached to; 0 once the kernel let go of it."""
+    cdef uint64_t cgroup_id = 0
+    check(shim_link_cgroup(link_fd, &cgroup_id), "look at a link")
+    return cgroup_id
+
+
+def run_program(int program_fd, bytes context) -> tuple[int, bytes]:
+    """Run a `syscall` program once; its return value as an unsigned number, and `context` as it left it."""
     cdef bytearray copy = bytearray(context)
     cdef char *data = copy
     cdef uint32_t size = len(context), answer = 0
@@ -300,7 +308,7 @@ def run_program(int program_fd, bytes context) -> int:
     with nogil:
         rc = shim_run(program_fd, data, size, &answer)
     check(rc, "run a program")
-    return answer
+    return answer, bytes(copy)
 
 
 def possible_cpus() -> int:

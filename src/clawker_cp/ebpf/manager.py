@@ -11,7 +11,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,41 +21,31 @@ import structlog
 from clawker_cp import accel
 from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf import routes
-from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRowLike, mapped_prefix, unmapped
+from clawker_cp.ebpf.attachments import Attachments
+from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRowLike, mapped_prefix
+from clawker_cp.ebpf.kernel_cgroups import KernelCgroups, Place
+from clawker_cp.ebpf.names import LearntNames
 from clawker_cp.errors import CapacityExceeded, Conflict, InvalidInput, Unavailable, Unsupported
 
 log = structlog.get_logger()
 
-NAMES_PER_AGENT = 4096
 OLD_GENERATION_S = 1.0
 CONTROL_KEY = bytes(4)
 NOBODY = bytes(8)
 LINKS_DIR = "links"
 
-# Attach types of <linux/bpf.h>, in the order they are attached: the backstop first.
-ATTACH = (
-    ("clawker_egress", 1),
-    ("clawker_ingress", 0),
-    ("clawker_connect4", 10),
-    ("clawker_connect6", 11),
-    ("clawker_sendmsg4", 14),
-    ("clawker_sendmsg6", 15),
-    ("clawker_recvmsg4", 19),
-    ("clawker_recvmsg6", 20),
-    ("clawker_getpeername4", 29),
-    ("clawker_getpeername6", 30),
-    ("clawker_sock_create", 2),
-    ("clawker_setsockopt", 22),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What `load` found: pins of this layout (adopted), of another one (replaced), or none."""
+    """
+    What `load` found: pins of this layout (adopted), of another one (replaced), or none; how many agents
+    have rows, and how many containers have links of their own.
+    """
 
     adopted: bool
     replaced: bool
     agents: int
+    attached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +55,6 @@ class SyncReport:
     changed: int
     full: bool
     elapsed_us: int
-
-
-@dataclass(slots=True)
-class _Names:
-    """Mirror of one agent's rows in `dns_cache`: address -> (identities, expires_ns)."""
-
-    rows: dict[bytes, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
 
 class Manager:
@@ -84,52 +68,53 @@ class Manager:
     def __init__(self, pin_dir: Path, *, max_agents: int = 4096) -> None:
         self._pin_dir = pin_dir
         self._max_agents = max_agents
-        self._object: bpfmap.BpfObject | None = None
+        self._cgroups = KernelCgroups()
+        self._attachments = Attachments(pin_dir / LINKS_DIR, self._load_object, self._cgroups)
         self._maps: dict[str, bpfmap.BpfMap] = {}
         self._ring: bpfmap.RingBuffer | None = None
-        self._parent: Path | None = None
         self._generation = 0
         self._table = routes.Table()
         self._stale: tuple[float, routes.Table] | None = None
-        self._names: dict[int, _Names] = {}
+        self._names: LearntNames
         self._budgets = (0, 0, 0)
 
     # -- life ---------------------------------------------------------------------------------
 
-    def load(self, parent_cgroup: Path) -> LoadReport:
+    def load(self, parent: Path | None) -> LoadReport:
         """
-        Load and attach to the agents' parent cgroup, adopting what an earlier run pinned.
+        Load and attach to the agents' parent cgroup, adopting what an earlier run pinned; None: to no parent,
+        agents are then judged where `attach` is told to.
 
         Links of an earlier run get the new programs by an atomic update: there is no moment
         without one. Pins of another layout are replaced after the new programs are linked.
-        Raises `Unsupported` with the verifier's first line when the kernel refuses.
+        Raises `Unsupported` with the verifier's first line when the kernel refuses, `Conflict` when
+        agents live below another parent that an earlier run had.
         """
         self._prepare_pin_dir()
-        try:
-            parent_level = _level(parent_cgroup)
-        except OSError as error:
-            raise self._unsupported(error) from error
         adopted = (self._pin_dir / "control").exists()
         replaced = False
         try:
-            self._object = self._load_object(parent_level + 1)
+            place = self._place(parent) if parent is not None else None
+            loaded = self._attachments.first_object(place)
         except OSError as error:
             if not adopted or error.errno not in {22, 17}:
                 raise self._unsupported(error) from error
             log.warning("pins_replaced", pin_dir=str(self._pin_dir), cause=str(error))
             self._set_aside_maps()
             adopted, replaced = False, True
-            self._object = self._load_object(parent_level + 1)
+            place = self._place(parent) if parent is not None else None
+            loaded = self._attachments.first_object(place)
         for name, (key_bytes, value_bytes) in bpfmap.SIZES.items():
-            self._maps[name] = self._object.map(name, key_bytes, value_bytes)
+            self._maps[name] = loaded.map(name, key_bytes, value_bytes)
+        self._names = LearntNames(self._maps["dns_cache"])
         self._adopt_control(adopted=adopted)
-        self._attach_all(parent_cgroup)
+        self._attachments.adopt(parent, place)
         self._ring = bpfmap.RingBuffer(self._maps["events"].fd)
-        self._parent = parent_cgroup
         if adopted:
             self._adopt_rows()
         log.info("pins_adopted" if adopted else "ebpf_loaded", pin_dir=str(self._pin_dir))
-        return LoadReport(adopted, replaced, len(self._maps["container_map"].all_keys()))
+        agents = len(self._maps["container_map"].all_keys())
+        return LoadReport(adopted, replaced, agents, len(self._attachments.attached()))
 
     @property
     def loaded(self) -> bool:
@@ -137,39 +122,63 @@ class Manager:
         return self._ring is not None
 
     def close(self) -> None:
-        """
-        Give descriptors back; enforcement stays pinned. Safe to call twice.
-        """
+        """Give descriptors back; enforcement stays pinned. Safe to call twice."""
         if self._ring is not None:
             self._ring.close()
             self._ring = None
         for opened in self._maps.values():
             opened.close()
         self._maps.clear()
-        if self._object is not None:
-            self._object.close()
-            self._object = None
+        self._attachments.close()
+        self._cgroups.close()
         # What was mirrored of the maps counts for those maps only: a later `load` finds out anew.
         self._table, self._stale, self._generation = routes.Table(), None, 0
-        self._names.clear()
 
     def flush(self, *, force: bool = False) -> None:
         """
-        Detach and unpin everything. Refuses while a cgroup below the parent has processes.
+        Detach and unpin everything. Refuses while a cgroup below the parent, or an attached one, has processes.
         """
-        if self._parent is not None and not force:
-            busy = [str(path) for path in populated(self._parent)]
-            if busy:
-                raise Conflict(
-                    f"{len(busy)} agent cgroups still have processes, the first is {busy[0]}",
-                    hint="stop the agents first; enforcement stays",
-                )
+        if not force and (busy := self._attachments.busy()):
+            raise Conflict(
+                f"{len(busy)} agent cgroups still have processes, the first is {busy[0]}",
+                hint="stop the agents first; enforcement stays",
+            )
         self.close()
         shutil.rmtree(self._pin_dir / LINKS_DIR, ignore_errors=True)
         for path in self._pin_dir.iterdir() if self._pin_dir.exists() else ():
             path.unlink(missing_ok=True)
         if self._pin_dir.exists():
             self._pin_dir.rmdir()
+
+    # -- containers outside the agents' parent ---------------------------------------------------
+
+    def attach(self, cgroup: Path) -> int:
+        """
+        See to it that a container's cgroup, and all below it, is judged as one agent; returns the id to enrol.
+
+        One directly below the agents' parent is judged there already and gets no links. Attach before
+        `enroll`: without a row everything is denied. Idempotent; finishes what was interrupted. Takes
+        milliseconds, a second for the first at its depth: in a thread. Raises `NotFound` for a cgroup that
+        is gone; `Conflict` for one that the programs would know as somebody else (deeper below the
+        parent, inside another agent), or that is none of an agent (the root, above the parent, our own).
+        """
+        if self._ring is None:
+            raise Unavailable("the kernel side is not loaded")
+        return self._attachments.attach(cgroup)
+
+    def detach(self, cgroup_id: int) -> None:
+        """
+        Let go of a dead or empty cgroup; unknown ids are fine. `Conflict` while it has processes.
+
+        Its links are unpinned once the kernel has forgotten the cgroup, with its last socket (`collect_garbage`).
+        """
+        self._attachments.detach(cgroup_id)
+
+    def attached(self) -> set[int]:
+        """
+        Ids of the cgroups that have links of their own. Those of dead containers want `detach`.
+        """
+        return self._attachments.attached()
 
     # -- agents -------------------------------------------------------------------------------
 
@@ -193,7 +202,9 @@ class Manager:
 
     def withdraw(self, cgroup_id: int) -> None:
         """
-        Remove every row of an agent that is dead; unknown ids are fine.
+        Remove every row of an agent that is dead, and let go of its cgroup; unknown ids are fine.
+
+        One that has processes after all stays attached, and is denied everything.
         """
         key = _u64(cgroup_id)
         self._maps["container_map"].delete(key)
@@ -205,6 +216,8 @@ class Manager:
         for row in self._maps["metrics_map"].all_keys():
             if bpfmap.unpack_metric_key(row)[0] == cgroup_id:
                 self._maps["metrics_map"].delete(row)
+        with suppress(Conflict):
+            self._attachments.detach(cgroup_id)
 
     def agents(self) -> dict[int, AgentConfig]:
         """
@@ -257,7 +270,8 @@ class Manager:
         self._drop_stale()
         wanted = routes.build_table(route_rows, cidr_rows, ports, routes.kernel_deadline_ns)
         changed = sum(
-            _differences(getattr(self._table, part), getattr(wanted, part)) for part in ("routes", "cidrs", "ports")
+            routes.differences(getattr(self._table, part), getattr(wanted, part))
+            for part in ("routes", "cidrs", "ports")
         )
         full = changed > routes.SMALL
         if full:
@@ -285,51 +299,23 @@ class Manager:
         """
         Record which name an agent was told for an address, before it is told (I7).
 
-        All or nothing within the quota of `NAMES_PER_AGENT` addresses and four names an address;
+        All or nothing within the quota of 4,096 addresses and four names an address;
         beyond it `CapacityExceeded`, and the answer must not leave.
         """
-        names = self._names.setdefault(cgroup_id, _Names())
-        now = time.monotonic_ns()
-        changes: dict[bytes, tuple[tuple[int, ...], int]] = {}
-        for row in rows:
-            known, expires = changes.get(row.addr) or names.rows.get(row.addr) or ((), 0)
-            if expires and expires < now:
-                known, expires = (), 0
-            if row.identity in known:
-                identities = (row.identity, *(i for i in known if i != row.identity))
-            elif len(known) >= 4:
-                raise CapacityExceeded(f"more than four names share {unmapped(row.addr)}", limit="names")
-            else:
-                identities = (row.identity, *known)
-            changes[row.addr] = (identities, max(expires, row.expires_ns))
-        if len(names.rows.keys() | changes.keys()) > NAMES_PER_AGENT:
-            self._collect(names, cgroup_id, now)
-            if len(names.rows.keys() | changes.keys()) > NAMES_PER_AGENT:
-                raise CapacityExceeded("the agent knows too many addresses at once", limit="names")
-        for addr, (identities, expires) in changes.items():
-            if names.rows.get(addr) == (identities, expires):
-                continue
-            key, value = bpfmap.pack_name(cgroup_id, addr, identities, expires, 2)
-            try:
-                self._maps["dns_cache"].put(key, value)
-            except OSError as error:
-                raise CapacityExceeded(f"the name cache refused a row: {error.strerror}", limit="names") from error
-            names.rows[addr] = (identities, expires)
+        self._names.update(cgroup_id, rows)
 
     def forget_names(self, cgroup_id: int) -> None:
         """
         Remove every learnt address of an agent, as before it asked its first question.
         """
-        names = self._names.pop(cgroup_id, None)
-        for addr in names.rows if names else ():
-            self._maps["dns_cache"].delete(bpfmap.pack_name(cgroup_id, addr, (), 0, 2)[0])
+        self._names.forget(cgroup_id)
 
     def collect_garbage(self) -> int:
         """
-        Remove expired learnt addresses; returns how many.
+        Remove expired learnt addresses, and links of cgroups that are gone; returns how many addresses.
         """
-        now = time.monotonic_ns()
-        return sum(self._collect(names, cgroup_id, now) for cgroup_id, names in list(self._names.items()))
+        self._attachments.sweep()
+        return self._names.collect()
 
     # -- events and counters ------------------------------------------------------------------
 
@@ -376,12 +362,15 @@ class Manager:
 
     def statistics(self) -> dict[str, int]:
         """
-        Sizes and losses: agents, learnt addresses, route rows, generation, records suppressed.
+        Sizes and losses: agents, cgroups attached or being let go, learnt addresses, route rows, generation, records
+        suppressed.
         """
         states = [bpfmap.unpack_state(row) for _key, row in self._maps["state_map"].items()]
         return {
             "agents": len(self._maps["container_map"].all_keys()),
-            "names": sum(len(names.rows) for names in self._names.values()),
+            "attached": len(self._attachments.attached()),
+            "leaving": len(self._attachments.leaving()),
+            "names": len(self._names),
             "rows": len(self._table),
             "generation": self._generation,
             "suppressed": sum(state["suppressed"] for state in states),
@@ -402,6 +391,12 @@ class Manager:
                 needs="a BPF file system",
                 hint=f"mount it: mount -t bpf bpf {self._pin_dir.parent}",
             ) from error
+
+    def _place(self, cgroup: Path) -> Place:
+        place = self._cgroups.find(cgroup.stat().st_ino)
+        if place is None:
+            raise Unavailable(f"the kernel does not know the cgroup {cgroup}")
+        return place
 
     def _load_object(self, agent_level: int) -> bpfmap.BpfObject:
         path = files("clawker_cp") / "_bpf" / "clawker.bpf.o"
@@ -440,33 +435,6 @@ class Manager:
         if self._maps["state_map"].get(NOBODY) is None:
             self._maps["state_map"].put(NOBODY, bpfmap.empty_state())
 
-    def _attach_all(self, parent: Path) -> None:
-        assert self._object is not None
-        cgroup_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            for name, attach_type in ATTACH:
-                pinned = self._pin_dir / LINKS_DIR / name
-                program_fd = self._object.program_fd(name)
-                if pinned.exists():
-                    link = bpfmap.open_pinned(str(pinned))
-                    try:
-                        bpfmap.replace(link, program_fd)
-                        continue
-                    except OSError as error:
-                        # The cgroup it was attached to is gone: it enforces nothing any more.
-                        if error.errno != 67:  # ENOLINK
-                            raise
-                        pinned.unlink()
-                    finally:
-                        os.close(link)
-                link = bpfmap.attach(program_fd, cgroup_fd, attach_type)
-                try:
-                    bpfmap.pin(link, str(pinned))
-                finally:
-                    os.close(link)
-        finally:
-            os.close(cgroup_fd)
-
     def _adopt_rows(self) -> None:
         table = routes.Table()
         for part, name in (("routes", "route_map"), ("cidrs", "cidr_map"), ("ports", "proxy_port_map")):
@@ -479,9 +447,7 @@ class Manager:
                 else:
                     self._maps[name].delete(key)
         self._table = table
-        for key, value in self._maps["dns_cache"].items():
-            cgroup_id, addr, identities, expires, _source = bpfmap.unpack_name(key, value)
-            self._names.setdefault(cgroup_id, _Names()).rows[addr] = (identities, expires)
+        self._names.adopt()
 
     def _change(self, cgroup_id: int, **changes: int | bool) -> None:
         key = _u64(cgroup_id)
@@ -493,18 +459,18 @@ class Manager:
     def _write_in_place(self, wanted: routes.Table) -> None:
         g = self._generation
         old, maps = self._table, self._maps
-        maps["proxy_port_map"].put_many(*_join(routes.rekey_routes(_new(old.ports, wanted.ports), g)))
-        maps["cidr_map"].delete_many(b"".join(routes.rekey_cidrs(_gone(old.cidrs, wanted.cidrs), g)))
-        maps["route_map"].delete_many(b"".join(routes.rekey_routes(_gone(old.routes, wanted.routes), g)))
-        maps["cidr_map"].put_many(*_join(routes.rekey_cidrs(_new(old.cidrs, wanted.cidrs), g)))
-        maps["route_map"].put_many(*_join(routes.rekey_routes(_new(old.routes, wanted.routes), g)))
-        maps["proxy_port_map"].delete_many(b"".join(routes.rekey_routes(_gone(old.ports, wanted.ports), g)))
+        maps["proxy_port_map"].put_many(*routes.join(routes.rekey_routes(routes.new(old.ports, wanted.ports), g)))
+        maps["cidr_map"].delete_many(b"".join(routes.rekey_cidrs(routes.gone(old.cidrs, wanted.cidrs), g)))
+        maps["route_map"].delete_many(b"".join(routes.rekey_routes(routes.gone(old.routes, wanted.routes), g)))
+        maps["cidr_map"].put_many(*routes.join(routes.rekey_cidrs(routes.new(old.cidrs, wanted.cidrs), g)))
+        maps["route_map"].put_many(*routes.join(routes.rekey_routes(routes.new(old.routes, wanted.routes), g)))
+        maps["proxy_port_map"].delete_many(b"".join(routes.rekey_routes(routes.gone(old.ports, wanted.ports), g)))
 
     def _write_generation(self, wanted: routes.Table) -> None:
         following = (self._generation + 1) & 0xFFFFFFFF
-        self._maps["proxy_port_map"].put_many(*_join(routes.rekey_routes(wanted.ports, following)))
-        self._maps["cidr_map"].put_many(*_join(routes.rekey_cidrs(wanted.cidrs, following)))
-        self._maps["route_map"].put_many(*_join(routes.rekey_routes(wanted.routes, following)))
+        self._maps["proxy_port_map"].put_many(*routes.join(routes.rekey_routes(wanted.ports, following)))
+        self._maps["cidr_map"].put_many(*routes.join(routes.rekey_cidrs(wanted.cidrs, following)))
+        self._maps["route_map"].put_many(*routes.join(routes.rekey_routes(wanted.routes, following)))
         self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(following, 1, self._budgets, 0))
         # Programs that read the old word may still be looking rows up: they keep a second.
         self._stale = (time.monotonic() + OLD_GENERATION_S, self._under(self._table, self._generation))
@@ -529,56 +495,6 @@ class Manager:
         self._maps["proxy_port_map"].delete_many(b"".join(table.ports))
         self._stale = None
 
-    def _collect(self, names: _Names, cgroup_id: int, now_ns: int) -> int:
-        expired = [addr for addr, (_ids, expires) in names.rows.items() if expires < now_ns]
-        for addr in expired:
-            del names.rows[addr]
-            self._maps["dns_cache"].delete(bpfmap.pack_name(cgroup_id, addr, (), 0, 2)[0])
-        return len(expired)
-
-
-def populated(parent: Path) -> list[Path]:
-    """
-    Cgroups directly below `parent` in which, or below which, processes live.
-    """
-    found = []
-    for child in sorted(parent.iterdir()) if parent.exists() else ():
-        events = child / "cgroup.events"
-        if events.exists() and "populated 1" in events.read_text():
-            found.append(child)
-    return found
-
-
-def _level(cgroup: Path) -> int:
-    """
-    Depth of a cgroup below the real root, which a cgroup namespace may hide: the kernel is asked.
-    """
-    path = files("clawker_cp") / "_bpf" / "level.bpf.o"
-    probe = bpfmap.BpfObject.load(str(path), pin_dir=None, agent_level=0, max_agents=1)
-    try:
-        answer = bpfmap.run_program(probe.program_fd("clawker_level"), _u64(cgroup.stat().st_ino))
-    finally:
-        probe.close()
-    if answer == 0xFFFFFFFF:
-        raise Unavailable(f"the kernel does not know the cgroup {cgroup}")
-    return answer
-
 
 def _u64(value: int) -> bytes:
     return value.to_bytes(8, "little")
-
-
-def _new(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    return {key: value for key, value in wanted.items() if old.get(key) != value}
-
-
-def _gone(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    return {key: value for key, value in old.items() if key not in wanted}
-
-
-def _differences(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> int:
-    return len(_new(old, wanted)) + len(_gone(old, wanted))
-
-
-def _join(rows: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
-    return b"".join(rows.keys()), b"".join(rows.values())

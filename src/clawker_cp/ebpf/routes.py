@@ -149,3 +149,31 @@ def rekey_cidrs(rows: Mapping[bytes, bytes], generation: int) -> Rows:
     """
     head = generation.to_bytes(4, "big")
     return {key[:4] + head + key[8:]: value for key, value in rows.items()}
+
+
+def new(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """
+    Rows that are not in `old`, or not with that value.
+    """
+    return {key: value for key, value in wanted.items() if old.get(key) != value}
+
+
+def gone(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """
+    Rows whose key is not wanted any more.
+    """
+    return {key: value for key, value in old.items() if key not in wanted}
+
+
+def differences(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> int:
+    """
+    How many rows would be written or removed.
+    """
+    return len(new(old, wanted)) + len(gone(old, wanted))
+
+
+def join(rows: Mapping[bytes, bytes]) -> tuple[bytes, bytes]:
+    """
+    Keys and values, each as one piece for a batch.
+    """
+    return b"".join(rows.keys()), b"".join(rows.values())

@@ -159,6 +159,7 @@ class SocketWorld:
         self._stack = contextlib.ExitStack()
         self._agents: list[Actor] = []
         self._made: list[Path] = []
+        self._engine: list[Path] = []
         self._count = 0
         self.routes: set[RouteRow] = set()
         self.cidrs: list[CidrRow] = []
@@ -176,6 +177,7 @@ class SocketWorld:
             self.manager.load(self.parent)
             self.outside = Actor(self._outside_cgroup, outside_ns)
             stack.callback(self.outside.close)
+            stack.callback(self._remove_engine)
             stack.callback(self.remove_agents)
             for kind, ports in (("tcp", (53, 443, 7444, 10000, 10001, 10002)), ("udp", (53, 10000, 11001, 11002))):
                 for port in ports:
@@ -197,12 +199,28 @@ class SocketWorld:
     def cgroup(self, name: str = "") -> Path:
         """A cgroup below the agents' parent; nobody is enrolled."""
         self._count += 1
-        made = self.parent
-        for part in (name or f"agent{self._count}").split("/"):
+        return self.inside(self.parent, name or f"agent{self._count}")
+
+    def inside(self, cgroup: Path, name: str) -> Path:
+        """A cgroup, or some, inside another."""
+        made = cgroup
+        for part in name.split("/"):
             made = made / part
             if not made.exists():
                 made.mkdir()
                 self._made.append(made)
+        return made
+
+    def container(self, depth: int = 2) -> Path:
+        """A cgroup so many levels below the root and outside the agents' parent, as an engine makes them."""
+        self._count += 1
+        made = cgroup2_mount()
+        for level in range(1, depth + 1):
+            last = level == depth
+            made = made / (f"{self.prefix}-box{self._count}" if last else f"{self.prefix}-engine{level}")
+            if not made.exists():
+                made.mkdir()
+                (self._made if last else self._engine).append(made)
         return made
 
     def actor(self, cgroup: Path, channel: socket.socket | None = None) -> Actor:
@@ -248,9 +266,14 @@ class SocketWorld:
             agent.close()
         self._agents.clear()
         for cgroup in reversed(self._made):
-            self.manager.withdraw(cgroup_id(cgroup))
-            remove_cgroup(cgroup)
+            if cgroup.exists():  # a test may have made an end of it
+                self.manager.withdraw(cgroup_id(cgroup))
+                remove_cgroup(cgroup)
         self._made.clear()
+
+    def _remove_engine(self) -> None:
+        for cgroup in reversed(self._engine):
+            remove_cgroup(cgroup)
 
     def reset(self) -> None:
         self.remove_agents()

@@ -13,7 +13,8 @@ import pytest
 
 from clawker_cp.ebpf import routes
 from clawker_cp.ebpf.config import AgentConfig, NameRow, mapped
-from clawker_cp.ebpf.manager import NAMES_PER_AGENT, Manager
+from clawker_cp.ebpf.manager import Manager
+from clawker_cp.ebpf.names import NAMES_PER_AGENT
 from clawker_cp.errors import CapacityExceeded, Conflict
 from clawker_cp.firewall.plan import TCP, RouteAction, RouteRow
 from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
