@@ -6,11 +6,41 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from pathlib import Path
 
 from clawker_cp.errors import DeadlineExceeded, Unavailable, Unsupported
 
 LIMIT_S = 10.0
 PACKAGES = {"ip": "iproute2", "bridge": "iproute2", "nft": "nftables", "bwrap": "bubblewrap", "setpriv": "util-linux"}
+PACKAGES["nsenter"] = "util-linux"
+
+
+def host_netns(pid: int = 1) -> Path | None:
+    """
+    The host's network namespace as a path; None when this thread is in it already.
+
+    The host is process 1 as we see it: its init, or our own when we are a container that does not see the
+    host's processes (ruling R1); the caller then misses what it looks for. Raises `Unavailable` when we may
+    not look.
+    """
+    there = Path(f"/proc/{pid}/ns/net")
+    try:
+        if there.stat().st_ino == Path("/proc/thread-self/ns/net").stat().st_ino:
+            return None
+    except OSError as error:
+        raise Unavailable(
+            f"cannot see the network namespace of process {pid}: {error.strerror}",
+            hint="run the container with pid: host and SYS_ADMIN",
+        ) from error
+    return there
+
+
+def in_host(pid: int = 1) -> tuple[str, ...]:
+    """
+    What goes before a command so that it acts in the host's network namespace; nothing when we are there.
+    """
+    there = host_netns(pid)
+    return () if there is None else ("nsenter", f"--net={there}", "--")
 
 
 async def run(*command: str, text: str = "", check: bool = True) -> str:

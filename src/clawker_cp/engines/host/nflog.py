@@ -14,10 +14,13 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import structlog
 
 from clawker_cp.engines.base import RingEvent
+from clawker_cp.engines.host.namespaces import in_netns
 from clawker_cp.errors import Unavailable
 
 log = structlog.get_logger()
@@ -41,12 +44,26 @@ _ETHER_IPV4, _ETHER_ARP = 0x0800, 0x0806
 class RingLog:
     """
     Reports drops of one NFLOG group. `attribute` finds the sandbox of an interface index.
+
+    What was dropped behind the bridge has the bridge's index unless the kernel remembers the port:
+    `by_source` then finds the sandbox by the packet's address, which the ports vouch for. Listens in the
+    network namespace at `namespace`, None is our own.
     """
 
-    def __init__(self, group: int, attribute: Callable[[int], str], report: Callable[[RingEvent], None]) -> None:
+    def __init__(
+        self,
+        group: int,
+        attribute: Callable[[int], str],
+        report: Callable[[RingEvent], None],
+        *,
+        by_source: Callable[[str], str] = lambda _address: "",
+        namespace: Path | None = None,
+    ) -> None:
         self._group = group
         self._attribute = attribute
         self._report = report
+        self._by_source = by_source
+        self._namespace = namespace
         self._socket: socket.socket | None = None
         self._lost = 0
 
@@ -56,7 +73,10 @@ class RingLog:
 
         Raises `Unavailable` when the kernel has no NFLOG or somebody else has the group.
         """
-        netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        # A socket stays in the namespace it was made in, whoever reads it.
+        netlink = in_netns(
+            self._namespace, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        )
         try:
             netlink.settimeout(_LIMIT_S)
             netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
@@ -117,7 +137,8 @@ class RingLog:
                 return
             if kind == _PACKET:
                 lost, self._lost = self._lost, 0
-                yield parse_record(data[at + 20 : at + length], self._attribute, lost)
+                event = parse_record(data[at + 20 : at + length], self._attribute, lost)
+                yield event if event.sandbox_id else replace(event, sandbox_id=self._by_source(event.source))
             at += (length + 3) & ~3
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawker_cp.engines.host.ring import Direct, disjoint
+from clawker_cp.engines.host.direct import Direct, disjoint
 from clawker_cp.errors import InvalidInput
 
 ADDRESSES = [f"203.0.113.{last}" for last in (0, 1, 2, 3, 7)]

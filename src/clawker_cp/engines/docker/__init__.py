@@ -1,0 +1,1 @@
+"""The Docker engine: agents are containers on a bridge that Docker made."""

@@ -1,0 +1,700 @@
+"""The ring around a bridge with foreign port names, on real links (threats 4, 5, 11, 14, 36; layer B)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clawker_cp.engines.base import AgentNetwork, RingEvent
+from clawker_cp.engines.docker.ports import Port, PortWatch, find_port
+from clawker_cp.engines.docker.ring import DockerRing
+from clawker_cp.engines.docker.ring_rules import Pin
+from clawker_cp.engines.host.direct import Direct
+from clawker_cp.engines.host.namespaces import in_netns
+from clawker_cp.engines.host.nflog import RingLog
+from clawker_cp.errors import NotFound, Unsupported
+from clawker_cp.testing.sandbox_world import eventually, tcp_server, until
+from clawker_cp.testing.world import HostNamespace
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+BRIDGE = "br-ckwtest"
+SUBNET = "10.231.96.0/20"
+GATEWAY = "10.231.96.1"
+CP = "10.231.96.202"
+MONITOR = "10.231.96.210"
+HOST, WORLD, FAR = "198.51.100.254", "198.51.100.1", "203.0.113.1"
+PATIENCE_S = 0.4
+ON_HOST = {"proxy": GATEWAY, "dns": GATEWAY, "cp": GATEWAY}
+AS_CONTAINER = {"proxy": CP, "dns": CP, "cp": CP}
+
+
+@dataclass
+class Box:
+    """A container without an engine: a process in a network namespace with a link to the bridge."""
+
+    address: str
+    mac: str
+    process: subprocess.Popen[str]
+    port: Port | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def netns(self) -> Path:
+        return Path(f"/proc/{self.process.pid}/ns/net")
+
+    @property
+    def interface(self) -> str:
+        assert self.port is not None
+        return self.port.interface
+
+    @property
+    def pin(self) -> Pin:
+        assert self.port is not None
+        return Pin(self.port.interface, self.address, self.port.mac)
+
+    def connect(self, address: str, port: int, source_port: int = 0) -> str:
+        """What a TCP connection meets: the answer, or the error's name."""
+        return in_netns(self.netns, lambda: connected(address, port, source_port))
+
+    def raw(self) -> socket.socket:
+        """A packet socket on the link, which takes whole frames."""
+
+        def bound() -> socket.socket:
+            packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            packets.bind(("eth0", 3))
+            packets.setblocking(False)
+            return packets
+
+        return in_netns(self.netns, bound)
+
+    def sh(self, *argv: str) -> str:
+        return run("nsenter", "-t", str(self.pid), "-n", *argv)
+
+
+def connected(address: str, port: int, source_port: int = 0) -> str:
+    try:
+        with socket.create_connection((address, port), PATIENCE_S, ("", source_port)) as made:
+            made.sendall(b"x")
+            return made.recv(100).decode().strip()
+    except OSError as error:
+        return type(error).__name__
+
+
+def run(*argv: str) -> str:
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+def hold(*argv: str) -> subprocess.Popen[str]:
+    """A process that keeps namespaces, once it has them."""
+    command = ["setpriv", "--pdeathsig", "KILL", *argv, "sh", "-c", "echo ready; exec sleep infinity"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@dataclass
+class Yard:
+    """A host with a bridge as Docker makes it, an outside, and boxes on the bridge."""
+
+    host: HostNamespace
+    network: AgentNetwork
+    ring: DockerRing
+    world: Path = Path()
+    boxes: list[Box] = field(default_factory=list)
+    events: list[RingEvent] = field(default_factory=list)
+    held: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def sh(self, *argv: str) -> str:
+        return run("nsenter", "-t", str(self.host.pid), "-n", *argv)
+
+    def box(self, last: int, *, name: str = "") -> Box:
+        """Attach a container; its port is not pinned."""
+        process = hold("unshare", "--net")
+        self.held.append(process)
+        address, mac = f"10.231.96.{last}", f"02:42:0a:e7:60:{last:02x}"
+        end = name or f"veth{process.pid:x}"
+        self.sh("ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "address", mac, "netns",
+                str(process.pid))  # fmt: skip
+        self.sh("ip", "link", "set", end, "master", BRIDGE, "up")
+        box = Box(address, mac, process)
+        box.sh("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+        box.sh("ip", "addr", "add", f"{address}/20", "dev", "eth0")
+        box.sh("ip", "link", "set", "lo", "up")
+        box.sh("ip", "link", "set", "eth0", "up")
+        box.sh("ip", "route", "add", "default", "via", GATEWAY)
+        self.boxes.append(box)
+        return box
+
+    async def known(self, last: int) -> Box:
+        box = self.box(last)
+        box.port = await find_port(box.pid, BRIDGE, host_pid=self.host.pid)
+        return box
+
+    async def agent(self, last: int) -> Box:
+        box = await self.known(last)
+        await self.ring.pin(box.interface, box.address, mac=box.mac)
+        return box
+
+    async def ours(self, last: int) -> Box:
+        box = await self.known(last)
+        await self.ring.pin(box.interface, box.address, mac=box.mac, infrastructure=True)
+        return box
+
+    @staticmethod
+    def readdress(box: Box, address: str) -> None:
+        """Give a container another address, as a successor of a dead one gets it from the engine."""
+        box.sh("ip", "addr", "flush", "dev", "eth0")
+        box.sh("ip", "addr", "add", f"{address}/20", "dev", "eth0")
+        box.sh("ip", "route", "replace", "default", "via", GATEWAY)
+
+    def owner(self, index: int) -> str:
+        return next((box.address for box in self.boxes if box.port and box.port.index == index), "")
+
+    def from_host(self, address: str, port: int) -> str:
+        return in_netns(self.host.netns, lambda: connected(address, port))
+
+    def from_world(self, address: str, port: int) -> str:
+        return in_netns(self.world, lambda: connected(address, port))
+
+
+@contextlib.asynccontextmanager
+async def yard(addresses: dict[str, str], *, bridged_calls: bool = False, **options: Any) -> AsyncIterator[Yard]:
+    async with HostNamespace() as host:
+        network = AgentNetwork(id="n", subnet=SUBNET, gateway=GATEWAY, bridge=BRIDGE, **addresses)
+        made = Yard(host, network, DockerRing(network, host_pid=host.pid, **options))
+        outside = hold("unshare", "--net")
+        made.held.append(outside)
+        made.world = Path(f"/proc/{outside.pid}/ns/net")
+        made.sh("ip", "link", "add", BRIDGE, "type", "bridge", "forward_delay", "0")
+        made.sh("ip", "addr", "add", f"{GATEWAY}/20", "dev", BRIDGE)
+        made.sh("ip", "link", "set", BRIDGE, "up")
+        made.sh("ip", "link", "add", "up0", "type", "veth", "peer", "name", "up0", "netns", str(outside.pid))
+        made.sh("ip", "addr", "add", f"{HOST}/24", "dev", "up0")
+        made.sh("ip", "link", "set", "up0", "up")
+        made.sh("ip", "route", "add", "203.0.113.0/24", "via", WORLD)
+        made.sh("sysctl", "-qw", f"net.bridge.bridge-nf-call-iptables={int(bridged_calls)}")
+        made.sh("iptables", "-t", "nat", "-A", "POSTROUTING", "-s", SUBNET, "!", "-o", BRIDGE, "-j", "MASQUERADE")
+        for command in ("addr add 198.51.100.1/24 dev up0", "link set up0 up", "link set lo up",
+                        "addr add 203.0.113.1/32 dev lo", f"route add {SUBNET} via {HOST}"):  # fmt: skip
+            run("nsenter", "-t", str(outside.pid), "-n", "ip", *command.split())
+        log = RingLog(made.ring.group, made.owner, made.events.append, by_source=str, namespace=host.netns)
+        try:
+            await made.ring.install([])
+            log.open()
+            yield made
+        finally:
+            log.close()
+            for process in made.held:
+                process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()
+
+
+@pytest.fixture(params=[False, True], ids=["bridge-alone", "bridge-nf-call"])
+async def contained(request: pytest.FixtureRequest) -> AsyncIterator[Yard]:
+    """The control plane is a container; with and without the host's rules seeing bridged packets."""
+    async with yard(AS_CONTAINER, bridged_calls=request.param) as made:
+        yield made
+
+
+@pytest.fixture
+async def hosted() -> AsyncIterator[Yard]:
+    async with yard(ON_HOST) as made:
+        yield made
+
+
+def frame(source: str, ether_type: int, payload: bytes, *, target: str) -> bytes:
+    return bytes.fromhex((target + source).replace(":", "")) + struct.pack(">H", ether_type) + payload
+
+
+def udp(source: str, destination: str, port: int = 53) -> bytes:
+    body = struct.pack(">HHHH", 1000, port, 12, 0) + b"mark"
+    header = struct.pack(
+        ">BBHHHBBH4s4s", 0x45, 0, 32, 1, 0, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(destination)
+    )
+    total = sum(struct.unpack(">10H", header))
+    return header[:10] + struct.pack(">H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + header[12:] + body
+
+
+def arp(mac: str, address: str, target: str, operation: int = 2) -> bytes:
+    sender = bytes.fromhex(mac.replace(":", "")) + socket.inet_aton(address)
+    return struct.pack(">HHBBH", 1, 0x0800, 6, 4, operation) + sender + bytes(6) + socket.inet_aton(target)
+
+
+def six(kind: int, payload: bytes = bytes(20)) -> bytes:
+    ends = socket.inet_pton(socket.AF_INET6, "fe80::5") + socket.inet_pton(socket.AF_INET6, "fe80::6")
+    return struct.pack(">IHBB", 0x60000000, len(payload), kind, 255) + ends + payload
+
+
+def tag(kind: int, payload: bytes, identifier: int = 0) -> bytes:
+    return struct.pack(">HH", identifier, kind) + payload
+
+
+def received(packets: socket.socket) -> list[bytes]:
+    frames = []
+    while True:
+        try:
+            frames.append(packets.recv(2000))
+        except BlockingIOError:
+            return frames
+
+
+@contextlib.contextmanager
+def listening(*places: Callable[[], socket.socket]) -> Iterator[list[socket.socket]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(place()) for place in places]
+
+
+def bridge_socket(made: Yard) -> socket.socket:
+    """What the host's own stack is given from the bridge."""
+
+    def bound() -> socket.socket:
+        packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        packets.bind((BRIDGE, 3))
+        packets.setblocking(False)
+        return packets
+
+    return in_netns(made.host.netns, bound)
+
+
+def udp_socket(namespace: Path, address: str, port: int) -> socket.socket:
+    def bound() -> socket.socket:
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        made.bind((address, port))
+        made.setblocking(False)
+        return made
+
+    return in_netns(namespace, bound)
+
+
+def host_mac(made: Yard) -> str:
+    return str(json.loads(made.sh("ip", "-j", "link", "show", "dev", BRIDGE))[0]["address"])
+
+
+def arrivals(forged: dict[str, bytes]) -> set[bytes]:
+    """How frames look where they come in: a packet socket is given them without the outer tag."""
+    return {*forged.values(), *(f[:12] + f[16:] for f in forged.values() if f[12:14] in {b"\x81\0", b"\x88\xa8"})}
+
+
+def own(octets: bytes, box: Box) -> bool:
+    """Whether a frame is ARP of the container's own kernel, for its own address."""
+    return octets[12:14] == b"\x08\x06" and octets[22:32] == bytes.fromhex(box.mac.replace(":", "")) + socket.inet_aton(
+        box.address
+    )
+
+
+def forgeries(box: Box, victim: Box, gateway_mac: str) -> dict[str, bytes]:
+    """Frames that no pinned port may send, each to where it would do harm."""
+    mac, address, theirs = box.mac, box.address, victim.mac
+    good, everyone = udp(address, CP), "ff:ff:ff:ff:ff:ff"
+    return {
+        "other address": frame(mac, 0x0800, udp(victim.address, CP), target=everyone),
+        "other mac": frame(theirs, 0x0800, good, target=everyone),
+        "other both": frame(theirs, 0x0800, udp(victim.address, CP), target=everyone),
+        "gateway's address": frame(mac, 0x0800, udp(GATEWAY, CP), target=everyone),
+        "control plane's address": frame(mac, 0x0800, udp(CP, victim.address, 7700), target=theirs),
+        "no address": frame(mac, 0x0800, udp("0.0.0.0", "255.255.255.255", 67), target=everyone),
+        "priority tag": frame(mac, 0x8100, tag(0x0800, good), target=everyone),
+        "two priority tags": frame(mac, 0x8100, tag(0x8100, tag(0x0800, good)), target=everyone),
+        "tag": frame(mac, 0x8100, tag(0x0800, good, 5), target=everyone),
+        "service tag": frame(mac, 0x88A8, tag(0x0800, good, 5), target=everyone),
+        "two tags": frame(mac, 0x8100, tag(0x8100, tag(0x0800, good, 5), 5), target=everyone),
+        "ipv6": frame(mac, 0x86DD, six(59), target=theirs),
+        "router advertisement": frame(mac, 0x86DD, six(58, b"\x86" + bytes(15)),
+                                      target="33:33:00:00:00:01"),
+        "arp of another": frame(mac, 0x0806, arp(theirs, victim.address, CP), target=everyone),
+        "arp of the gateway": frame(mac, 0x0806, arp(mac, GATEWAY, victim.address), target=everyone),
+        "arp under another mac": frame(theirs, 0x0806, arp(mac, address, CP), target=everyone),
+        "tagged arp of the gateway": frame(mac, 0x8100, tag(0x0806, arp(mac, GATEWAY, victim.address)),
+                                           target=everyone),
+        "lldp": frame(mac, 0x88CC, bytes(50), target="01:80:c2:00:00:0e"),
+        "spanning tree": frame(mac, 0x0026, bytes(38), target="01:80:c2:00:00:00"),
+        "mpls": frame(mac, 0x8847, bytes(50), target=gateway_mac),
+        "own experiment": frame(mac, 0x88B5, bytes(50), target=theirs),
+    }  # fmt: skip
+
+
+async def test_forged_frames_of_an_agent_end_at_its_port(contained: Yard) -> None:
+    """No frame with another's addresses, a tag, IPv6 or a strange type passes; each is told."""
+    ours, box, victim = await contained.ours(202), await contained.agent(5), await contained.agent(6)
+    forged = forgeries(box, victim, host_mac(contained))
+    honest = frame(box.mac, 0x0800, udp(box.address, CP), target=ours.mac)
+    to_host = frame(box.mac, 0x0800, udp(box.address, HOST), target=host_mac(contained))
+    with listening(box.raw, victim.raw, ours.raw, lambda: bridge_socket(contained)) as (out, sibling, inner, host):
+        for octets in [*forged.values(), honest, to_host]:
+            out.send(octets)
+        seen: list[bytes] = []
+        until(lambda: seen.extend(received(inner)) or honest in seen, "the honest frame")
+        at_host: list[bytes] = []
+        until(lambda: at_host.extend(received(host)) or to_host in at_host, "the honest frame to the host")
+
+        from_box = bytes.fromhex(box.mac.replace(":", ""))
+        assert not arrivals(forged) & {*seen, *at_host, *received(sibling)}
+        assert {octets for octets in [*seen, *at_host] if octets[6:12] == from_box and not own(octets, box)} == {
+            honest,
+            to_host,
+        }
+    await eventually(lambda: len(contained.events) >= len(forged) - 2, f"the records: {len(contained.events)}")
+    assert {event.sandbox_id for event in contained.events} == {box.address}
+    assert {event.reason for event in contained.events} >= {"malformed", "ipv6_unrouted", "protocol"}
+    # No bridge table entry moved to the forger's port either, also by frames the bridge takes for itself.
+    learned = contained.sh("bridge", "fdb", "show", "dev", box.interface)
+    assert victim.mac not in learned
+    assert ours.mac not in learned
+
+
+async def test_agents_reach_ours_by_exact_tuples_only(contained: Yard) -> None:
+    """Gate, agent-side ports and proxy bands answer at their address; other ports, siblings and the gateway do not."""
+    ours, box, sibling = await contained.ours(202), await contained.agent(5), await contained.agent(6)
+    monitor = await contained.ours(210)
+    allowed = [53, 4444, 7080, 7444, 10000, 12000, 22999]
+    closed = [80, 7443, 9902, 18374, 18901, 18902, 11999]
+    with contextlib.ExitStack() as stack:
+        for port in [*allowed, *closed]:
+            stack.enter_context(tcp_server("0.0.0.0", port, ours.netns))
+        stack.enter_context(tcp_server("0.0.0.0", 10000, sibling.netns))
+        stack.enter_context(tcp_server("0.0.0.0", 10000, monitor.netns))
+        stack.enter_context(tcp_server(GATEWAY, 10000, contained.host.netns))
+        answers = {port: box.connect(CP, port) for port in [*allowed, *closed]}
+        others = [box.connect(address, 10000) for address in (sibling.address, monitor.address, GATEWAY)]
+        box.sh("ip", "neigh", "replace", sibling.address, "lladdr", sibling.mac, "dev", "eth0")
+        box.sh("ip", "neigh", "replace", MONITOR, "lladdr", monitor.mac, "dev", "eth0")
+        known = [box.connect(address, 10000) for address in (sibling.address, monitor.address)]
+        box.sh("ip", "neigh", "replace", sibling.address, "lladdr", host_mac(contained), "dev", "eth0")
+        routed = box.connect(sibling.address, 10000)
+
+        assert answers == dict.fromkeys(allowed, box.address) | dict.fromkeys(closed, "TimeoutError")
+        assert set(others) <= {"TimeoutError", "OSError"}
+        assert known == ["TimeoutError"] * 2
+        assert routed == "TimeoutError"
+        # Ours reach each other.
+        assert monitor.connect(CP, 80) == MONITOR
+    refused = await eventually(lambda: [e for e in contained.events if e.destination_port == 7443], "the record")
+    assert (refused[0].reason, refused[0].sandbox_id) == ("no_route", box.address)
+    await eventually(lambda: [e for e in contained.events if e.destination == sibling.address], "the sibling's record")
+
+
+async def test_udp_tuples_and_answers(contained: Yard) -> None:
+    """A datagram to the gate's port comes and is answered; one to another port does not come."""
+    ours, box = await contained.ours(202), await contained.agent(5)
+    with listening(
+        lambda: udp_socket(ours.netns, CP, 53),
+        lambda: udp_socket(ours.netns, CP, 54),
+        lambda: udp_socket(box.netns, box.address, 0),
+    ) as (gate, other, mine):
+        mine.sendto(b"no", (CP, 54))
+        mine.sendto(b"q", (CP, 53))
+        data, peer = until(lambda: attempt(gate), "the question")
+        gate.sendto(b"a", peer)
+        other.sendto(b"unasked", peer)
+        answer, source = until(lambda: attempt(mine), "the answer")
+
+        assert (data, peer[0]) == (b"q", box.address)
+        assert (answer, source) == (b"a", (CP, 53))
+        assert attempt(other) is None
+        assert attempt(mine) is None
+
+
+def attempt(receiver: socket.socket) -> Any:
+    try:
+        return receiver.recvfrom(100)
+    except BlockingIOError:
+        return None
+
+
+async def test_control_plane_dials_the_agents_daemon_and_nobody_else_comes_in(contained: Yard) -> None:
+    """7700 answers the control plane; another of ours, another port and the agent's own SYN from 7700 get nothing."""
+    ours, box = await contained.ours(202), await contained.agent(5)
+    monitor, sibling = await contained.ours(210), await contained.agent(6)
+    with (
+        tcp_server("0.0.0.0", 8080, ours.netns),
+        tcp_server("0.0.0.0", 7700, ours.netns),
+    ):
+        early = box.connect(CP, 8080, 7700)
+        with tcp_server("0.0.0.0", 7700, box.netns), tcp_server("0.0.0.0", 8080, box.netns):
+            dialled = ours.connect(box.address, 7700)
+            others = [ours.connect(box.address, 8080), monitor.connect(box.address, 7700)]
+            siblings = sibling.connect(box.address, 7700)
+        late = box.connect(CP, 8080, 7700)
+
+    assert dialled == CP
+    assert others == ["TimeoutError"] * 2
+    assert siblings in {"TimeoutError", "OSError"}
+    assert (early, late) == ("TimeoutError", "TimeoutError")
+
+
+async def test_answer_nobody_asked_for_does_not_pass(contained: Yard) -> None:
+    """A segment with ACK from port 7700 passes only on a connection that the control plane began."""
+    ours, box = await contained.ours(202), await contained.agent(5)
+    lone = frame(box.mac, 0x0800, tcp_segment(box.address, CP, 7700, 40000, 0x10), target=ours.mac)
+    fence = frame(box.mac, 0x0800, udp(box.address, CP), target=ours.mac)
+    with listening(box.raw, ours.raw) as (out, inner):
+        out.send(lone)
+        out.send(fence)
+        seen: list[bytes] = []
+        until(lambda: seen.extend(received(inner)) or fence in seen, "the fence")
+
+    assert lone not in seen
+
+
+def tcp_segment(source: str, destination: str, port: int, to_port: int, flags: int) -> bytes:
+    segment = struct.pack(">HHIIBBHHH", port, to_port, 1, 1, 0x50, flags, 1000, 0, 0)
+    datagram = udp(source, destination)[:20]
+    header = datagram[:2] + struct.pack(">H", 40) + datagram[4:9] + b"\x06\0\0" + datagram[12:]
+    total = sum(struct.unpack(">10H", header))
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    return header[:10] + struct.pack(">H", ~total & 0xFFFF) + header[12:] + segment
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["by-default", "by-name"])
+async def test_port_without_a_pin_reaches_nothing_pinned(contained: Yard, closed: bool) -> None:  # noqa: FBT001
+    """Before enrolment no frame of any kind reaches an agent, us or the host's stack, whatever it claims."""
+    ours, agent = await contained.ours(202), await contained.agent(6)
+    box = await contained.known(5)
+    if closed:
+        assert await contained.ring.close_unpinned() == {box.interface}
+    forged = forgeries(box, agent, host_mac(contained))
+    for target, kind in ((ours.mac, "ours"), (agent.mac, "agent"), (host_mac(contained), "host")):
+        forged[f"own address to {kind}"] = frame(box.mac, 0x0800, udp(box.address, CP), target=target)
+        forged[f"foreign address to {kind}"] = frame(box.mac, 0x0800, udp("192.0.2.7", "192.0.2.8"), target=target)
+        forged[f"agent's tagged to {kind}"] = frame(
+            agent.mac, 0x8100, tag(0x0800, udp(agent.address, GATEWAY)), target=target
+        )
+    forged["tagged to all as the agent"] = frame(
+        box.mac, 0x8100, tag(0x0800, udp(agent.address, GATEWAY)), target="ff:ff:ff:ff:ff:ff"
+    )
+    forged["tagged arp as the agent"] = frame(
+        box.mac, 0x8100, tag(0x0806, arp(box.mac, agent.address, GATEWAY, 1)), target="ff:ff:ff:ff:ff:ff"
+    )
+    fence = frame(agent.mac, 0x0800, udp(agent.address, CP), target=ours.mac)
+    with (
+        listening(box.raw, agent.raw, ours.raw, agent.raw) as (out, victim, inner, honest),
+        listening(
+            lambda: udp_socket(contained.host.netns, GATEWAY, 53),
+            lambda: udp_socket(contained.host.netns, "0.0.0.0", 67),
+        ) as (gate, dhcp),
+        tcp_server("0.0.0.0", 10000, ours.netns),
+        tcp_server("0.0.0.0", 10000, contained.host.netns),
+    ):
+        for octets in forged.values():
+            out.send(octets)
+        honest.send(fence)
+        seen: list[bytes] = []
+        until(lambda: seen.extend(received(inner)) or fence in seen, "the fence")
+
+        assert not arrivals(forged) & {*seen, *received(victim)}
+        assert attempt(gate) is None
+        assert attempt(dhcp) is None
+        assert {box.connect(CP, 10000), box.connect(GATEWAY, 10000), box.connect(HOST, 10000)} <= {
+            "TimeoutError", "OSError",
+        }  # fmt: skip
+    neighbours = contained.sh("ip", "neigh", "show", "dev", BRIDGE)
+    assert box.mac not in neighbours
+    learned = contained.sh("bridge", "fdb", "show", "dev", box.interface)
+    assert agent.mac not in learned
+    assert ours.mac not in learned
+    told = await eventually(lambda: [e for e in contained.events if e.reason == "not_enrolled"], "the records")
+    assert box.address in {event.sandbox_id for event in told}
+
+
+async def test_two_ports_without_pins_are_closed_once_they_are_named(contained: Yard) -> None:
+    """Between two unpinned ports only frames without our addresses pass, and none once the watch has seen them."""
+    one, two = await contained.known(5), await contained.known(6)
+    fence = frame(one.mac, 0x88B5, b"f" * 50, target=two.mac)
+    claimed = frame(one.mac, 0x0800, udp(one.address, two.address), target=two.mac)
+    who_has = frame(one.mac, 0x0806, arp(one.mac, one.address, two.address, 1), target="ff:ff:ff:ff:ff:ff")
+    with listening(one.raw, two.raw) as (out, other):
+        for octets in (claimed, who_has, fence):
+            out.send(octets)
+        seen: list[bytes] = []
+        until(lambda: seen.extend(received(other)) or fence in seen, "the frame of the window")
+        assert {claimed, who_has}.isdisjoint(seen)
+
+        watch = PortWatch(BRIDGE, host_pid=contained.host.pid)
+        await watch.open()
+        try:
+            await watch.wait_changed()
+            assert await contained.ring.close_unpinned() == {one.interface, two.interface}
+            late = contained.box(7)
+            async with asyncio.timeout(10):
+                await watch.wait_changed()
+            assert len(await contained.ring.close_unpinned()) == 3
+        finally:
+            watch.close()
+        out.send(fence)
+        with listening(late.raw) as (third,):
+            third.send(frame(late.mac, 0x88B5, b"l" * 50, target=two.mac))
+        # The host still reaches the port by frames of its own: they come after what was sent before.
+        contained.sh("ip", "neigh", "replace", two.address, "lladdr", two.mac, "dev", BRIDGE)
+        with udp_socket(contained.host.netns, GATEWAY, 0) as mine:
+            mine.sendto(b"end", (two.address, 9))
+        later: list[bytes] = []
+        until(lambda: later.extend(received(other)) or any(b"end" in octets for octets in later), "the host's frame")
+        assert not any(octets[12:14] == b"\x88\xb5" for octets in later)
+
+
+async def test_gateway_tuples_when_the_control_plane_is_on_the_host(hosted: Yard) -> None:
+    """On the gateway the tuples answer agents only; its other ports and the host's other addresses do not."""
+    box, stranger = await hosted.agent(5), await hosted.known(6)
+    where = hosted.host.netns
+    with (
+        tcp_server("0.0.0.0", 10000, where), tcp_server("0.0.0.0", 53, where), tcp_server("0.0.0.0", 8080, where),
+        tcp_server("0.0.0.0", 9902, where), tcp_server("0.0.0.0", 18901, where), tcp_server("0.0.0.0", 7700, box.netns),
+    ):  # fmt: skip
+        assert [box.connect(GATEWAY, port) for port in (10000, 53)] == [box.address] * 2
+        assert [box.connect(GATEWAY, port) for port in (8080, 9902, 18901)] == ["TimeoutError"] * 3
+        assert box.connect(HOST, 10000) == "TimeoutError"
+        assert stranger.connect(GATEWAY, 10000) in {"TimeoutError", "OSError"}
+        assert hosted.from_host(box.address, 7700) == GATEWAY
+    refused = await eventually(lambda: [e for e in hosted.events if e.destination_port == 8080], "the record")
+    assert (refused[0].reason, refused[0].sandbox_id) == ("no_route", box.address)
+
+
+async def test_world_is_closed_until_admitted(contained: Yard) -> None:
+    """Direct paths and a timed bypass open what they name, reserved stays closed, and all closes again."""
+    box, ours = await contained.agent(5), await contained.ours(202)
+    ring = contained.ring
+    with (
+        tcp_server(WORLD, 5432, contained.world), tcp_server(WORLD, 5433, contained.world),
+        tcp_server(FAR, 5432, contained.world),
+    ):  # fmt: skip
+        assert box.connect(WORLD, 5432) == "TimeoutError"
+        assert ours.connect(WORLD, 5432) == HOST
+        await ring.admit(box.address, [Direct("198.51.100.0/24", 6, 5000, 5432)])
+        assert [box.connect(WORLD, 5432), box.connect(WORLD, 5433)] == [HOST, "TimeoutError"]
+        await ring.admit(box.address, [])
+        assert box.connect(WORLD, 5432) == "TimeoutError"
+
+        await ring.reserve(["203.0.113.0/24"])
+        await ring.admit_all(box.address, 300)
+        assert [box.connect(WORLD, 5433), box.connect(FAR, 5432)] == [HOST, "TimeoutError"]
+        await ring.end_all(box.address)
+        assert box.connect(WORLD, 5433) == "TimeoutError"
+        await ring.admit_all(box.address, 1.0)
+        assert box.connect(WORLD, 5433) == HOST
+        until(lambda: box.connect(WORLD, 5433) == "TimeoutError", "the end by the kernel's clock")
+
+
+async def test_replaced_rules_keep_what_living_agents_were_admitted_to(contained: Yard) -> None:
+    """A restart keeps the paths of the same ports only: an address that another container has now starts closed."""
+    box, other, ours = await contained.agent(5), await contained.agent(6), await contained.ours(202)
+    for each in (box, other):
+        await contained.ring.admit(each.address, [Direct("198.51.100.0/24", 6, 5432, 5432)])
+        await contained.ring.admit_all(each.address, None)
+    successor = await contained.known(7)
+    again = DockerRing(contained.network, host_pid=contained.host.pid)
+    await again.install([box.pin, Pin(successor.interface, other.address, successor.mac)], [ours.pin])
+
+    with tcp_server(WORLD, 5432, contained.world):
+        assert box.connect(WORLD, 5432) == HOST
+        contained.readdress(successor, other.address)
+        assert successor.connect(WORLD, 5432) == "TimeoutError"
+        assert other.connect(WORLD, 5432) in {"TimeoutError", "OSError"}
+
+
+async def test_pin_moves_with_the_address_and_an_old_end_takes_nothing(contained: Yard) -> None:
+    """Pinning an address anew closes its old port and paths; unpinning the old port late leaves the new one alone."""
+    old, ours = await contained.agent(5), await contained.ours(202)
+    await contained.ring.admit_all(old.address, None)
+    new = await contained.known(6)
+    contained.readdress(new, old.address)
+    await contained.ring.pin(new.interface, old.address, mac=new.mac)
+    await contained.ring.unpin(old.interface, old.address)
+
+    with tcp_server("0.0.0.0", 10000, ours.netns), tcp_server(WORLD, 80, contained.world):
+        assert new.connect(CP, 10000) == old.address
+        assert new.connect(WORLD, 80) == "TimeoutError"
+        assert old.connect(CP, 10000) in {"TimeoutError", "OSError"}
+        assert contained.ring.owner_of(old.address) == new.interface
+        await contained.ring.unpin(new.interface, old.address)
+        await contained.ring.unpin(new.interface, old.address)
+        assert new.connect(CP, 10000) in {"TimeoutError", "OSError"}
+
+
+async def test_ring_of_another_shape_is_replaced_without_a_gap(contained: Yard) -> None:
+    """Sets that cannot be reshaped are made anew in one transaction, and living ports keep their pins."""
+    box, ours = await contained.agent(5), await contained.ours(202)
+    contained.sh("nft", "delete", "table", "inet", f"clawker_{BRIDGE}")
+    contained.sh("nft", "add", "table", "inet", f"clawker_{BRIDGE}")
+    contained.sh("nft", "add", "set", "inet", f"clawker_{BRIDGE}", "everywhere", "{ type ether_addr; }")
+    await contained.ring.install([box.pin], [ours.pin])
+    with tcp_server("0.0.0.0", 10000, ours.netns):
+        assert box.connect(CP, 10000) == box.address
+
+
+async def test_other_bridges_of_the_host_are_left_alone(contained: Yard) -> None:
+    """Containers of another network still meet each other, with tags and strange types as well."""
+    contained.sh("ip", "link", "add", "br-other", "type", "bridge", "forward_delay", "0")
+    contained.sh("ip", "link", "set", "br-other", "up")
+    boxes = [contained.box(30), contained.box(31)]
+    for box in boxes:
+        found = await find_port(box.pid, BRIDGE, host_pid=contained.host.pid)
+        contained.sh("ip", "link", "set", found.interface, "master", "br-other")
+        box.sh("ip", "addr", "flush", "dev", "eth0")
+    with listening(boxes[0].raw, boxes[1].raw) as (out, inner):
+        sent = {
+            frame(boxes[0].mac, 0x0800, udp("192.0.2.7", "192.0.2.8"), target=boxes[1].mac),
+            frame(boxes[0].mac, 0x88B5, bytes(50), target=boxes[1].mac),
+            frame(boxes[0].mac, 0x86DD, six(59), target=boxes[1].mac),
+        }
+        for octets in sent:
+            out.send(octets)
+        seen: set[bytes] = set()
+        until(lambda: seen.update(received(inner)) or seen >= sent, "the frames")
+
+
+async def test_port_of_a_container_is_found_from_the_hosts_side(contained: Yard) -> None:
+    """The port is the one on this bridge, also of a container with two networks; a dead or foreign one is not found."""
+    name = "veth-a.b_c"
+    box = contained.box(5, name=name)
+    contained.sh("ip", "link", "add", "br-second", "type", "bridge")
+    contained.sh("ip", "link", "add", "second0", "type", "veth", "peer", "name", "eth1", "netns", str(box.pid))
+    contained.sh("ip", "link", "set", "second0", "master", "br-second", "up")
+    port = await find_port(box.pid, BRIDGE, host_pid=contained.host.pid)
+    second = await find_port(box.pid, "br-second", host_pid=contained.host.pid)
+    alone = hold("unshare", "--net")
+    contained.held.append(alone)
+
+    assert (port.interface, port.mac, second.interface) == (name, box.mac, "second0")
+    with pytest.raises(NotFound, match="no port"):
+        await find_port(alone.pid, BRIDGE, host_pid=contained.host.pid)
+    with pytest.raises(NotFound, match="no port"):
+        await find_port(contained.host.pid, BRIDGE, host_pid=contained.host.pid)
+    box.process.kill()
+    box.process.wait()
+    with pytest.raises(NotFound, match="is gone"):
+        await find_port(box.pid, BRIDGE, host_pid=contained.host.pid)
+
+
+async def test_bridge_that_is_not_there_is_said_with_what_to_do(contained: Yard) -> None:
+    """Looking in a namespace without the bridge names the missing setting of the container."""
+    network = AgentNetwork(id="n", subnet=SUBNET, gateway=GATEWAY, bridge="br-nowhere", **AS_CONTAINER)
+    with pytest.raises(Unsupported, match="br-nowhere is not in the network namespace") as caught:
+        await DockerRing(network, host_pid=contained.host.pid).install([])
+    assert caught.value.hint is not None
+    assert "pid" in caught.value.hint
+
+
+async def test_remove_takes_every_table(contained: Yard) -> None:
+    """After removal nothing of the ring is left, and removing again is fine."""
+    await contained.ring.remove()
+    await contained.ring.remove()
+    assert "clawker_" not in contained.sh("nft", "list", "tables")
