@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clawker_cp.agents.watcher import AgentListCeiling, AgentWatcher, AgentWatcherOptions
     from clawker_cp.auth.clients import register_agent_client, register_cli_client
     from clawker_cp.auth.introspect import HydraIntrospector, IntrospectionResult, Introspector
     from clawker_cp.auth.ory import write_ory_configs
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from clawker_cp.runtime.startup import CPStartupOrchestrator
 
 _MODULES = {
+    "AgentListCeiling": "agents.watcher",
+    "AgentWatcher": "agents.watcher",
+    "AgentWatcherOptions": "agents.watcher",
     "AuthInterceptor": "rpc.auth",
     "CPStartupOrchestrator": "runtime.startup",
     "HealthCheck": "processes.health",
@@ -39,6 +43,9 @@ _MODULES = {
 }
 
 __all__ = [
+    "AgentListCeiling",
+    "AgentWatcher",
+    "AgentWatcherOptions",
     "AuthInterceptor",
     "CPStartupOrchestrator",
     "HealthCheck",

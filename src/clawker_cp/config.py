@@ -37,6 +37,13 @@ STABLE_AFTER_S = 5.0
 PROBE_LIMIT_S, PROBE_KEPT_S = 2.0, 2.0
 # Buffers of one subscriber (contract 2.4).
 FLOW_BUFFER, EVENT_BUFFER = 4096, 1024
+# The bus (runtime/overseer.py): one subscriber's queue, when a delivery counts as stuck, the end.
+SUBSCRIBER_BUFFER = 4096
+BUS_HEARTBEAT_S, BUS_STUCK_AFTER_S = 10.0, 30.0
+BUS_CLOSE_LIMIT_S, BUS_CUT_LIMIT_S = 2.0, 0.5
+REPEATED_LOG_EVERY_S = 10.0
+# One answer of the engine to how many agents run (agents/watcher.py).
+AGENT_LIST_LIMIT_S = 10.0
 # Files of contract 1.8.
 ROTATE_BYTES, ROTATE_BACKUPS, ROTATE_AGE_S = 50 * 1024 * 1024, 3, 7 * 86400
 # Records and log lines that wait for the disk; beyond that they are counted.

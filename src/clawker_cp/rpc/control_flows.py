@@ -17,6 +17,7 @@ from clawker_cp.rpc.control_rules import AgentFinder
 from clawker_cp.rpc.flow_messages import event_message, filter_from, flow_message, loss_message
 from clawker_cp.rpc.limits import WATCHERS
 from clawker_cp.runtime.overseer import Overseer
+from clawker_cp.runtime.topics import watch_topics
 from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.telemetry.flows import Flow, FlowFilter
 
@@ -57,11 +58,11 @@ class FlowRpcs:
 
     async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[control_pb2.Event]:
         with self._room("WatchEvents"):
-            async with self._events.subscribe(request.topics) as subscription:
+            async with watch_topics(self._events, request.topics) as events:
                 # The caller learns that it is subscribed before the first event.
                 await context.send_initial_metadata(())
-                while True:
-                    yield event_message(await subscription.wait_next())
+                async for event in events:
+                    yield event_message(event)
 
     def _filter(self, message: Any) -> FlowFilter:
         ids = [self._finder.find(ref.container_id, ref.project, ref.agent).id for ref in message.agents]

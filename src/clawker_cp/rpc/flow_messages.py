@@ -10,7 +10,7 @@ from typing import Any
 
 from clawker_cp._proto.clawker.control.v1 import control_pb2
 from clawker_cp.errors import InvalidInput
-from clawker_cp.runtime.overseer import Event
+from clawker_cp.runtime.topics import Event
 from clawker_cp.telemetry.flows import PROTOS, Flow, FlowFilter, Loss
 
 _NUMBERS = (

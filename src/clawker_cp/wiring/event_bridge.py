@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from clawker_cp.runtime.overseer import Overseer, Topic
+from clawker_cp.runtime.clock import SYSTEM_CLOCK, Clock
+from clawker_cp.runtime.overseer import Overseer
+from clawker_cp.runtime.topics import Event, Topic
 
 _ENFORCEMENT = (
     "enrolled", "enroll_failed", "withdrawn", "bypass_started", "bypass_ended", "quarantined", "released",
@@ -31,6 +33,7 @@ TOPICS: Mapping[str, Topic] = {
     **dict.fromkeys(_AUTH, "auth"),
     **dict.fromkeys(_AGENT, "agent"),
     **dict.fromkeys(_ENGINE, "engine"),
+    "subscriber_stuck": "health",
 }
 _LEFT_OUT = frozenset({"event", "time", "level", "exception", "id", "agent"})
 MAX_TEXT = 512
@@ -50,9 +53,10 @@ class EventBridge:
     Publishes on `overseer`, on its loop, whatever thread a line was logged in.
     """
 
-    def __init__(self, overseer: Overseer, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, overseer: Overseer, loop: asyncio.AbstractEventLoop, clock: Clock = SYSTEM_CLOCK) -> None:
         self._overseer = overseer
         self._loop = loop
+        self._clock = clock
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         """
@@ -69,13 +73,16 @@ class EventBridge:
             for field, value in line.items()
             if field not in _LEFT_OUT and value is not None
         }
-        who = {"project": project, "agent": agent} if slash else {"project": "", "agent": ""}
+        event = Event(
+            time_unix_ns=self._clock.wall_ns(),
+            topic=topic,
+            name=name,
+            container_id=str(line.get("id", "")),
+            project=project if slash else "",
+            agent=agent,
+            fields=fields,
+        )
         try:
-            self._loop.call_soon_threadsafe(self._publish, topic, name, str(line.get("id", "")), who, fields)
+            self._loop.call_soon_threadsafe(self._overseer.publish, event)
         except RuntimeError:
             return  # the loop is closed: nobody watches any more
-
-    def _publish(
-        self, topic: Topic, name: str, container_id: str, who: Mapping[str, str], fields: Mapping[str, str]
-    ) -> None:
-        self._overseer.publish_fields(topic, name, container_id=container_id, fields=fields, **who)

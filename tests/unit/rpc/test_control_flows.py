@@ -14,6 +14,7 @@ from clawker_cp.errors import CapacityExceeded, InvalidInput
 from clawker_cp.rpc import control_flows
 from clawker_cp.rpc.control_flows import FlowRpcs
 from clawker_cp.runtime.overseer import Overseer
+from clawker_cp.runtime.topics import Event
 from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.telemetry.flows import ALLOWED, DENIED, DNS, Flow
 
@@ -122,8 +123,8 @@ async def test_events_are_followed_by_topic(world: World) -> None:
     first = asyncio.ensure_future(anext(stream))
     async with asyncio.timeout(5):
         await context.begun.wait()
-        world.events.publish("agent", "enrolled")
-        world.events.publish("policy", "policy_applied", version="7")
+        world.events.publish(Event(1, "agent", "enrolled"))
+        world.events.publish(Event(2, "policy", "policy_applied", fields={"version": "7"}))
         event = await first
     await stream.aclose()
     assert (event.name, dict(event.fields)) == ("policy_applied", {"version": "7"})

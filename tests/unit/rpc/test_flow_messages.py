@@ -7,7 +7,7 @@ import pytest
 from clawker_cp._proto.clawker.control.v1 import control_pb2
 from clawker_cp.errors import InvalidInput
 from clawker_cp.rpc.flow_messages import event_message, filter_from, flow_message, loss_message
-from clawker_cp.runtime.overseer import Event
+from clawker_cp.runtime.topics import Event
 from clawker_cp.telemetry.flows import DENIED, KERNEL, Flow, Loss
 
 FLOW = Flow(

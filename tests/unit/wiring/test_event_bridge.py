@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from clawker_cp.runtime.overseer import Overseer
+from clawker_cp.runtime.topics import watch_topics
 from clawker_cp.wiring.event_bridge import EventBridge, topic_of
 
 
@@ -40,16 +41,16 @@ async def test_a_line_of_another_thread_becomes_an_event() -> None:
         "agent": "agent:shop/dev",
         "seconds": 5,
     }
-    async with overseer.subscribe() as events:
+    async with watch_topics(overseer) as events:
         for one in ({"event": "library_log"}, line):
             thread = threading.Thread(target=bridge, args=(one,))
             thread.start()
             thread.join()
         async with asyncio.timeout(5):
-            event = await events.wait_next()
+            event = await anext(events)
     assert (event.topic, event.name, event.container_id) == ("enforcement", "bypass_started", "abc")
     assert (event.project, event.agent, dict(event.fields)) == ("shop", "dev", {"seconds": "5"})
-    assert overseer.statistics()["published"] == 1
+    assert overseer.statistics().published == 1
 
 
 def test_after_the_loop_lines_are_still_logged() -> None:
