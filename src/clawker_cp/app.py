@@ -31,6 +31,7 @@ from clawker_cp.config import Directories, Settings, environment
 from clawker_cp.dns.gate import Gate
 from clawker_cp.ebpf import Manager
 from clawker_cp.engines.base import HostFeature
+from clawker_cp.engines.host.engine import HostEngine
 from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.envoy.access_log import AccessLogTail
@@ -60,8 +61,9 @@ from clawker_cp.telemetry.metrics import Metrics
 from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
 from clawker_cp.wiring.control_surface import ControlSurface
+from clawker_cp.wiring.docker_host import DockerHost
 from clawker_cp.wiring.enforcement import Enforcement
-from clawker_cp.wiring.engine_choice import Engine, make_side
+from clawker_cp.wiring.engine_choice import make_side
 from clawker_cp.wiring.event_bridge import EventBridge
 from clawker_cp.wiring.firewall_control import FirewallControl, KernelWhenUp, gate_answers
 from clawker_cp.wiring.health_keeper import HealthKeeper
@@ -93,7 +95,7 @@ class ControlPlane:
         settings: Settings,
         directories: Directories,
         rows: list[HostFeature],
-        engine: Engine,
+        engine: HostEngine | DockerHost,
         *,
         log_dir: Path | None = None,
         ephemeral: bool = False,
@@ -230,6 +232,7 @@ class ControlPlane:
             self._database,
             self._quarantines,
             self._firewall,
+            self._events,
             idle=self._idle,
         )
         self._surface = ControlSurface(

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 
@@ -52,11 +52,16 @@ class ContainerLike(Protocol):
     def exposures(self) -> Sequence[str]: ...
 
 
-class ContainerEngine(Protocol):
+C = TypeVar("C", bound=ContainerLike)
+C_contra = TypeVar("C_contra", bound=ContainerLike, contravariant=True)
+C_co = TypeVar("C_co", bound=ContainerLike, covariant=True)
+
+
+class ContainerEngine(Protocol[C_co]):
     """The engine's record."""
 
-    async def inspect(self, reference: str) -> ContainerLike: ...
-    async def living(self) -> Sequence[ContainerLike]: ...
+    async def inspect(self, reference: str) -> C_co: ...
+    async def living(self) -> Sequence[C_co]: ...
 
 
 class PolicyControl(Protocol):
@@ -68,18 +73,18 @@ class PolicyControl(Protocol):
     async def drop_ephemeral(self, key: str) -> None: ...
 
 
-class ContainerEnforcement(Protocol):
+class ContainerEnforcement(Protocol[C_contra]):
     """Kernel and ring, for one container."""
 
-    async def attach(self, container: ContainerLike) -> int:
+    async def attach(self, container: C_contra) -> int:
         """Let programs judge the container's cgroup, without a row: denied. Returns the cgroup id."""
         ...
 
-    async def admit(self, agent: EnrolledAgent, container: ContainerLike) -> None:
+    async def admit(self, agent: EnrolledAgent, container: C_contra) -> None:
         """Write the row and let its frames pass; returns when both hold."""
         ...
 
-    async def holds(self, agent: EnrolledAgent, container: ContainerLike) -> bool:
+    async def holds(self, agent: EnrolledAgent, container: C_contra) -> bool:
         """Whether row and programs are there for exactly this cgroup, asked now."""
         ...
 
@@ -96,7 +101,7 @@ async def _nothing_to_settle(_container_id: str) -> None:
     return
 
 
-class ContainerLives:
+class ContainerLives(Generic[C]):
     """
     Follows agents of an engine. Every verb may be repeated, overtaken and late: it brings one container to
     what the engine says of it now. Verbs on one container happen one after the other.
@@ -108,9 +113,9 @@ class ContainerLives:
 
     def __init__(
         self,
-        engine: ContainerEngine,
+        engine: ContainerEngine[C],
         policy: PolicyControl,
-        enforcement: ContainerEnforcement,
+        enforcement: ContainerEnforcement[C],
         roster: Roster,
         quarantines: Quarantines,
         *,
@@ -132,13 +137,13 @@ class ContainerLives:
         self._wall = wall
         self._room = asyncio.Semaphore(AT_ONCE)
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-        self._containers: dict[str, ContainerLike] = {}
+        self._containers: dict[str, C] = {}
         self._failed: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._containers)
 
-    def living(self) -> list[ContainerLike]:
+    def living(self) -> list[C]:
         """
         The enrolled containers, as they were last described.
         """
@@ -155,7 +160,7 @@ class ContainerLives:
         """
         return dict(self._failed)
 
-    async def refresh(self, container_id: str) -> ContainerLike | None:
+    async def refresh(self, container_id: str) -> C | None:
         """
         Bring one container to what the engine says of it; returns it if it runs and is an agent.
 
@@ -174,7 +179,7 @@ class ContainerLives:
                 await self._follow(container)
             return container
 
-    async def ensure(self, reference: str) -> ContainerLike:
+    async def ensure(self, reference: str) -> C:
         """
         Find a running agent by id, prefix or name and see that it is enrolled.
 
@@ -223,7 +228,7 @@ class ContainerLives:
 
     # -- inner -------------------------------------------------------------------------------
 
-    async def _follow(self, container: ContainerLike) -> None:
+    async def _follow(self, container: C) -> None:
         known = self._roster.by_id(container.id)
         cgroup_id = await self._enforcement.attach(container)
         if known is not None and known.cgroup_id != cgroup_id:
@@ -259,7 +264,7 @@ class ContainerLives:
         await self._policy.perform(enrol)
         self._failed.pop(container.id, None)
 
-    def _check(self, container: ContainerLike) -> None:
+    def _check(self, container: C) -> None:
         names = [name for name in (container.project, container.agent) if name]
         if not container.agent or not all(_NAME.fullmatch(name) for name in names):
             raise Unavailable(f"labels of container {container.id[:12]}: project and agent are no usable names")
@@ -270,7 +275,7 @@ class ContainerLives:
                 hint="connect it to the agents' network",
             )
 
-    def _judge_exposures(self, container: ContainerLike) -> bool:
+    def _judge_exposures(self, container: C) -> bool:
         """Tell of ways out the owner gave; returns whether the agent is quarantined, for this or another cause."""
         if container.exposures and not self._quarantines.accepts(container.id, container.exposures):
             shown = ", ".join(container.exposures)

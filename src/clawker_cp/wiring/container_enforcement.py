@@ -17,6 +17,7 @@ import structlog
 from clawker_cp.agents.roster import EnrolledAgent
 from clawker_cp.engines.base import AgentContainer
 from clawker_cp.errors import ClawkerError, Conflict, Unavailable
+from clawker_cp.runtime.clock import SYSTEM_CLOCK, Clock
 from clawker_cp.wiring.enforcement import Enforcement
 
 log = structlog.get_logger()
@@ -62,11 +63,13 @@ class ContainerEnforcement:
         enforcement: Enforcement,
         ring: Pins | None,
         find_port: Callable[[int], Awaitable[Port]],
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._programs = programs
         self._enforcement = enforcement
         self._ring = ring
         self._find_port = find_port
+        self._clock = clock
         self._paths: dict[int, Path] = {}
         self._pinned: dict[str, tuple[int, Port, str]] = {}  # by container: its process, port, address
 
@@ -138,7 +141,7 @@ class ContainerEnforcement:
         """
         path = self._paths.get(cgroup_id)
         while path is not None and _populated(path, cgroup_id):
-            await asyncio.sleep(DEATH_POLL_S)
+            await self._clock.sleep(DEATH_POLL_S)
 
     async def withdraw(self, agent: EnrolledAgent) -> None:
         """
@@ -146,7 +149,7 @@ class ContainerEnforcement:
         """
         await self._unpin(agent.id)
         await self._enforcement.withdraw(agent)
-        await self._detach(agent.cgroup_id)
+        self._paths.pop(agent.cgroup_id, None)
 
     async def sweep(self, living: set[int]) -> None:
         """
@@ -155,17 +158,14 @@ class ContainerEnforcement:
         for cgroup_id in self._programs.attached() - living:
             path = self._paths.get(cgroup_id)
             if path is None or not _populated(path, cgroup_id):
-                await self._detach(cgroup_id)
+                try:
+                    await asyncio.to_thread(self._programs.detach, cgroup_id)
+                except Conflict as error:
+                    log.info("programs_kept", cgroup_id=cgroup_id, cause=error.message)
+                else:
+                    self._paths.pop(cgroup_id, None)
 
     # -- inner -------------------------------------------------------------------------------
-
-    async def _detach(self, cgroup_id: int) -> None:
-        try:
-            await asyncio.to_thread(self._programs.detach, cgroup_id)
-        except Conflict as error:
-            log.warning("programs_kept", cgroup_id=cgroup_id, cause=error.message)
-            return
-        self._paths.pop(cgroup_id, None)
 
     async def _pin(self, container: AgentContainer, *, infrastructure: bool = False) -> None:
         if self._ring is None:

@@ -22,19 +22,20 @@ from clawker_cp.agents.registry import Registry
 from clawker_cp.agents.roster import Roster
 from clawker_cp.ebpf import Manager
 from clawker_cp.ebpf.pins import Pins
-from clawker_cp.engines.base import AgentContainer, AgentNetwork, RingEvent
+from clawker_cp.engines.base import AgentContainer, AgentNetwork
 from clawker_cp.engines.docker.cgroup_watch import CgroupWatch
-from clawker_cp.engines.docker.engine import DockerEngine
 from clawker_cp.engines.docker.ports import PortWatch
-from clawker_cp.engines.docker.ring import DockerRing
 from clawker_cp.engines.docker.ring_rules import Pin
 from clawker_cp.engines.dockerevents import DockerEvent, DockerEventFeeder
+from clawker_cp.engines.host.commands import host_netns
 from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
-from clawker_cp.runtime.overseer import Overflow, Overseer
+from clawker_cp.runtime.overseer import Overseer
+from clawker_cp.runtime.subscriptions import Overflow
 from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_side import Part
 from clawker_cp.wiring.container_enforcement import ContainerEnforcement, Port
+from clawker_cp.wiring.docker_host import DockerHost
 
 log = structlog.get_logger()
 
@@ -55,22 +56,20 @@ class DockerAgents:
 
     def __init__(
         self,
-        engine: DockerEngine,
-        ring: DockerRing | None,
+        host: DockerHost,
         feeder: DockerEventFeeder,
         overseer: Overseer,
-        lives: ContainerLives,
+        lives: ContainerLives[AgentContainer],
         enforcement: ContainerEnforcement,
         manager: Manager,
         roster: Roster,
         registry: Registry,
         *,
         pin_dir: Path,
-        host_pid: int,
-        cgroup_parents: Sequence[Path],
     ) -> None:
-        self._engine = engine
-        self._ring = ring
+        self._host = host
+        self._engine = host.engine
+        self._ring = host.ring
         self._feeder = feeder
         self._overseer = overseer
         self._lives = lives
@@ -79,32 +78,21 @@ class DockerAgents:
         self._roster = roster
         self._registry = registry
         self._pin_dir = pin_dir
-        self._host_pid = host_pid
-        self._cgroup_parents = tuple(cgroup_parents)
         self._ring_log: RingLog | None = None
-        self._on_drop: Callable[[RingEvent], None] | None = None
-        self.resolver = engine
+        self.resolver = host.engine
 
     @property
     def network(self) -> AgentNetwork:
         return self._engine.network
 
-    def report_drops(self, on_drop: Callable[[RingEvent], None]) -> None:
-        """
-        Say, before `prepare`, who is told of packets that the ring drops.
-        """
-        self._on_drop = on_drop
-
     def living(self) -> Sequence[AgentContainer]:
-        return [one for one in self._lives.living() if isinstance(one, AgentContainer)]
+        return self._lives.living()
 
     async def running(self) -> Sequence[AgentContainer]:
         return await self._engine.living()
 
     async def find(self, reference: str) -> AgentContainer:
-        found = await self._lives.ensure(reference)
-        assert isinstance(found, AgentContainer)
-        return found
+        return await self._lives.ensure(reference)
 
     def exposures(self, agent_id: str) -> Sequence[str]:
         return next((one.exposures for one in self.living() if one.id == agent_id), ())
@@ -219,7 +207,7 @@ class DockerAgents:
 
     async def _watch_cgroups(self) -> None:
         """Link programs to an agent's cgroup when the kernel makes it, which is before its first process."""
-        async with CgroupWatch(self._cgroup_parents) as watch, asyncio.TaskGroup() as group:
+        async with CgroupWatch(self._host.cgroup_parents()) as watch, asyncio.TaskGroup() as group:
             async for made in watch:
                 if made is None:
                     await self._reconcile()
@@ -237,7 +225,7 @@ class DockerAgents:
     async def _watch_ports(self) -> None:
         if self._ring is None:
             return
-        watch = PortWatch(self.network.bridge, host_pid=self._host_pid)
+        watch = PortWatch(self.network.bridge, host_pid=self._host.host_pid)
         await watch.open()
         try:
             while True:
@@ -256,7 +244,7 @@ class DockerAgents:
 
     async def _on_network(self) -> list[AgentContainer]:
         found = []
-        for container_id in await self._engine.on_network():
+        for container_id in await self._host.on_network():
             with suppress(NotFound):
                 found.append(await self._engine.inspect(container_id))
         return [one for one in found if one.running and one.address]
@@ -271,7 +259,7 @@ class DockerAgents:
         """Rows of containers that no longer exist go; if the engine cannot say, none does (contract 9.8)."""
         for attempt in range(LIST_TRIES):
             try:
-                existing = await self._engine.existing()
+                existing = await self._host.existing()
                 break
             except ClawkerError as error:
                 if attempt == LIST_TRIES - 1:
@@ -283,15 +271,25 @@ class DockerAgents:
             log.info("registry_reaped", count=len(gone))
 
     def _watch_drops(self) -> None:
-        if self._on_drop is None or self._ring is None:
+        if self._host.on_drop is None or self._ring is None:
             return
-        ring_log = RingLog(self._ring.group, self._enforcement.owner, self._on_drop, host_pid=self._host_pid)
+        ring_log = RingLog(
+            self._ring.group,
+            self._enforcement.owner,
+            self._host.on_drop,
+            by_source=self._at,
+            namespace=host_netns(self._host.host_pid),
+        )
         try:
             ring_log.open()
         except Unavailable as error:
             log.warning("host_ring_log_unavailable", cause=str(error))
             return
         self._ring_log = ring_log
+
+    def _at(self, address: str) -> str:
+        agent = self._roster.by_address(address)
+        return agent.id if agent is not None else ""
 
     async def _leave(self, *, empty: bool) -> None:
         if self._ring_log is not None:

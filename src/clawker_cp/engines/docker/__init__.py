@@ -1,1 +1,3 @@
-"""The Docker engine: agents are containers on a bridge that Docker made."""
+"""
+The Docker engine: agents are containers of a daemon on this host.
+"""
