@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -62,6 +63,7 @@ from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
 from clawker_cp.wiring.control_surface import ControlSurface
 from clawker_cp.wiring.docker_host import DockerHost
+from clawker_cp.wiring.drain_to_zero import DrainToZero, watcher_options
 from clawker_cp.wiring.enforcement import Enforcement
 from clawker_cp.wiring.engine_choice import make_side
 from clawker_cp.wiring.event_bridge import EventBridge
@@ -254,7 +256,14 @@ class ControlPlane:
             authority_answers=self._surface.tokens.answers,
             engine_answers=self._engine.answers,
         )
-        self._keeper = HealthKeeper(self._health, self._status.checks())
+        self._emptiness = DrainToZero(
+            self._side.running, self._nothing_left, watcher_options(settings.drain), self._health
+        )
+        checks = [
+            replace(check, ask=self._emptiness.guarded(check.ask)) if check.name == "engine" else check
+            for check in self._status.checks()
+        ]
+        self._keeper = HealthKeeper(self._health, checks)
 
     def _servicers(self) -> tuple[object, object, object]:
         """AdminService, ControlService and AgentService over the domain handlers."""
@@ -330,6 +339,7 @@ class ControlPlane:
                 self._side.close()
                 self._policy.close()
                 await self._surface.close()
+                await self._events.aclose()
                 for task in running:
                     task.cancel()
         finally:
@@ -382,9 +392,12 @@ class ControlPlane:
             ("garbage", self._collect_garbage, "expired names stay a while"),
             ("bypasses", self._agents.run, "connections outlive a bypass until their next packet"),
             *self._side.parts(),
+            ("bus", self._events.heartbeat, "a stuck part is not noticed"),
             ("health", self._keeper.run, "health is not known"),
             ("certificates", self._renew_certificates, "certificates are not renewed"),
         ]
+        if self._settings.drain.to_zero and not self._ephemeral:
+            parts.append(("drain_to_zero", self._emptiness.run, "the server does not end by itself"))
         # Not among those that are cancelled: `close` lets it finish what it has accepted.
         group.create_task(self._policy.run(), name="reconciler")
         return [
@@ -435,6 +448,9 @@ class ControlPlane:
         except (ClawkerError, OSError, TimeoutError) as error:
             log.warning("drain_agents_unknown", cause=str(error), effect="enforcement stays pinned")
             return False
+
+    async def _nothing_left(self) -> None:
+        self._done.set()
 
     def _idle(self) -> None:
         if self._ephemeral:

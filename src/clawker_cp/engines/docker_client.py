@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,15 @@ class _Connection(UnixHTTPConnection):  # type: ignore[misc]
     call: threading.local
 
     def connect(self) -> None:
-        super().connect()
+        # As the SDK's, which leaves the socket open when nobody listens.
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.settimeout(self.timeout)
+            made.connect(self.unix_socket)
+        except BaseException:
+            made.close()
+            raise
+        self.sock = made
         self._tell()
 
     def request(self, *args: Any, **options: Any) -> Any:

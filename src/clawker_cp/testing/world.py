@@ -144,6 +144,8 @@ class HostNamespace:
         """
         made = {f"CLAWKER_{kind}_DIR": str(self.directory / kind.lower()) for kind in _KINDS}
         made["CLAWKER_CP_HOST__CGROUP_PARENT"] = self.agents.name
+        # A server that waits for its test's next step is not to end meanwhile.
+        made["CLAWKER_CP_DRAIN__TO_ZERO"] = "false"
         made["CLAWKER_CP_DNS__FORWARDERS"] = names.DNS_SERVER
         if world is not None:
             made["CLAWKER_CP_ENVOY__TRUSTED_CA"] = str(world.ca)

@@ -28,7 +28,7 @@ from clawker_cp.engines.docker.ring_rules import Pin
 from clawker_cp.engines.dockerevents import DockerEvent, DockerEventFeeder
 from clawker_cp.engines.host.commands import host_netns
 from clawker_cp.engines.host.nflog import RingLog
-from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
+from clawker_cp.errors import ClawkerError, NotFound, Unavailable
 from clawker_cp.runtime.overseer import Overseer
 from clawker_cp.runtime.subscriptions import Overflow
 from clawker_cp.wiring.agent_control import AgentControl
@@ -276,11 +276,11 @@ class DockerAgents:
         if self._ring_log is not None:
             self._ring_log.close()
             self._ring_log = None
-        if empty and self._ring is not None:
-            try:
-                await self._ring.remove()
-            except Conflict as error:
-                log.warning("ring_kept", cause=error.message)
+        if not empty:
+            return
+        if self._ring is not None:
+            await self._ring.remove()
+        self._host.remove_parent()
 
 
 def _pin(container: AgentContainer, port: Port) -> Pin:

@@ -81,6 +81,16 @@ class DockerHost:
                 return None
         return path
 
+    def remove_parent(self) -> None:
+        """
+        Take the agents' parent away when nothing is in it; another's, or a read-only one, stays.
+        """
+        path = cgroups.find_cgroup2() / self._parent
+        try:
+            cgroups.remove(path)
+        except OSError as error:
+            log.info("agents_parent_kept", path=str(path), cause=error.strerror)
+
     def cgroup_parents(self) -> tuple[Path, ...]:
         """
         Directories in which cgroups of containers appear; those that the agents' parent has need no links.
