@@ -384,7 +384,7 @@ class Reconciler:
             rules = tuple(change(stored.rules))
             validation = validate(rules)
             if validation.problems:
-                raise RuleInvalid(validation.problems)
+                raise refusal(list(validation.problems))
             wanted = replace(self._with_stored(self._wanted, stored), stored=rules)
             return await self._apply(wanted, write=rules, progress=progress)
         finally:

@@ -231,6 +231,8 @@ class TokenAuthority:
 
     def _issue(self, client: Client, scope: str) -> str:
         now = int(self._wall())
+        # Times are whole seconds: what is issued after a revocation is told apart from what it ended.
+        issued = max(now, self._ledger.barred_until(client.id) + 1)
         return jwt.encode(
             {
                 "iss": self.issuer,
@@ -239,7 +241,7 @@ class TokenAuthority:
                 "aud": ["clawker"],
                 "scope": scope,
                 "jti": str(uuid.uuid4()),
-                "iat": now,
+                "iat": issued,
                 "exp": now + TOKEN_LIFE_S,
             },
             self._key,
