@@ -56,10 +56,11 @@ from clawker_cp.rpc.control_rules import RuleRpcs
 from clawker_cp.rpc.control_sandboxes import SandboxRpcs
 from clawker_cp.rpc.local_protocol import SOCKET_NAME
 from clawker_cp.rpc.local_server import ORPHAN_GRACE_S, LocalServer
+from clawker_cp.runtime.drain import Drain
 from clawker_cp.runtime.health import HealthRegistry
 from clawker_cp.runtime.overseer import Overseer
 from clawker_cp.runtime.startup import CPStartupOrchestrator
-from clawker_cp.runtime.tasks import supervise
+from clawker_cp.runtime.tasks import cancelled, leaf_text, supervise, wait_ended
 from clawker_cp.telemetry.connections import Connections
 from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.telemetry.metrics import Metrics
@@ -320,7 +321,7 @@ class ControlPlane:
         log.info("cp_starting", pid=os.getpid(), state=str(self._directories.state))
         await self._engine.start()
         adopted = self._engine.living()
-        ready = False
+        ending, ready = Drain(DRAIN_LIMIT_S), False
         try:
             async with asyncio.TaskGroup() as group:
                 running = await self._start(group, drain, adopted)
@@ -329,17 +330,25 @@ class ControlPlane:
                 log.info("cp_ready", agents=len(adopted))
                 on_ready()
                 await self._wait_for_end(stop, group)
-                log.info("drain_started", agents=len(self._lives))
-                self._local.close()
-                self._policy.close()
-                await self._surface.close()
+                await self._stop_serving(ending)
                 for task in running:
                     task.cancel()
+                await ending.stage("policy", partial(wait_ended, self._reconciling))
+        except Exception as error:
+            log.error("cp_serve_failed", cause=leaf_text(error), effect="draining" if ready else "not started")
+            raise
         finally:
-            # However a server that was ready ends, a failed part included, it drains once.
-            if ready:
-                self._local.close()
-                await self._drain()
+            # However a server that was ready ends, a failed part included, it drains once; a second signal ends that.
+            if ready and not cancelled():
+                await self._stop_serving(ending)
+                await self._drain(ending)
+
+    async def _stop_serving(self, ending: Drain) -> None:
+        """Take nothing new; what was accepted goes on."""
+        ending.begin(agents=len(self._lives))
+        self._local.close()
+        self._policy.close()
+        await ending.stage("listeners", self._surface.close)
 
     async def _start(
         self, group: asyncio.TaskGroup, drain: AsyncExitStack, adopted: list[Sandbox]
@@ -400,7 +409,7 @@ class ControlPlane:
             ("certificates", self._renew_certificates, "certificates are not renewed"),
         ]
         # Not among those that are cancelled: `close` lets it finish what it has accepted.
-        group.create_task(self._policy.run(), name="reconciler")
+        self._reconciling = group.create_task(self._policy.run(), name="reconciler")
         return [
             group.create_task(supervise(name, factory, blast_radius=radius), name=name)
             for name, factory, radius in parts
@@ -426,28 +435,22 @@ class ControlPlane:
 
     async def _wait_for_end(self, stop: asyncio.Event, group: asyncio.TaskGroup) -> None:
         crash = group.create_task(self._surface.tokens.wait_crash(), name="child-crash")
+        lost = group.create_task(self._surface.wait_lost(), name="listener-lost")
         waits = [group.create_task(event.wait(), name="end") for event in (stop, self._done)]
-        ended, _ = await asyncio.wait([crash, *waits], return_when=asyncio.FIRST_COMPLETED)
-        if crash in ended:
-            log.error("cp_child_lost", cause=str(crash.result()), effect="draining; enforcement stays as it is")
-            self._exit_code = 1
-        for task in (crash, *waits):
+        ended, _ = await asyncio.wait([crash, lost, *waits], return_when=asyncio.FIRST_COMPLETED)
+        for event, task in (("cp_child_lost", crash), ("cp_listener_lost", lost)):
+            if task in ended:
+                log.error(event, cause=str(task.result()), effect="draining; enforcement stays as it is")
+                self._exit_code = 1
+        for task in (crash, lost, *waits):
             task.cancel()
 
-    async def _drain(self) -> None:
-        """Stage by stage, each contained; enforcement goes only when nothing of an agent lives (R24)."""
+    async def _drain(self, ending: Drain) -> None:
+        """Stage by stage; enforcement goes only when nothing of an agent lives (R24)."""
         empty = not self._engine.living()
-        for name, stage in (
-            ("envoy", self._envoy.stop if empty else self._envoy.leave),
-            ("kernel", self._flush if empty else self._leave_kernel),
-            ("engine", lambda: self._engine.aclose(remove=empty)),
-        ):
-            try:
-                async with asyncio.timeout(DRAIN_LIMIT_S):
-                    await stage()
-                log.info("drain_stage", stage=name)
-            except (ClawkerError, OSError, TimeoutError) as error:
-                log.warning("drain_stage_failed", stage=name, cause=str(error))
+        await ending.stage("envoy", self._envoy.stop if empty else self._envoy.leave)
+        await ending.stage("kernel", self._flush if empty else self._leave_kernel)
+        await ending.stage("engine", partial(self._engine.aclose, remove=empty))
         log.info("drain_done", enforcement="removed" if empty else "stays pinned")
 
     async def _flush(self) -> None:

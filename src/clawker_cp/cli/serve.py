@@ -7,6 +7,7 @@ Reads options and settings, starts `app.ControlPlane` and turns its end into an 
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def serve(
             code = run_until_signal(lambda stop: control_plane.run(stop, on_ready=notify.ready))
         finally:
             sink.close()
+    except asyncio.CancelledError:
+        context.exit(1)  # a second signal: nothing was taken apart, enforcement stays as it is
     except BaseExceptionGroup as group:
         error = _leaf(group)
         notify.failed(error)

@@ -99,7 +99,9 @@ def call(made: grpc.Channel, method: str, request: object = None, metadata: tupl
     """[code, what came or the message, details]: every kind of method, streams up to `most` messages."""
     described = METHODS[method]
     request = request or message_factory.GetMessageClass(described.input_type)()
-    kind = ("stream" if described.client_streaming else "unary") + ("_stream" if described.server_streaming else "_unary")
+    kind = ("stream" if described.client_streaming else "unary") + (
+        "_stream" if described.server_streaming else "_unary"
+    )
     begin = getattr(made, kind)(
         method,
         request_serializer=lambda one: one.SerializeToString(),
