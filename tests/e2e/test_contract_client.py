@@ -77,7 +77,7 @@ async def outsider(machine: Machine) -> AsyncIterator[Outsider]:
 
 
 async def test_every_rpc_of_the_operators_answers(outsider: Outsider) -> None:
-    """All of AdminService and ControlService, each at least once with success, by a client that has the contract only."""
+    """All of AdminService and ControlService, each at least once with success."""
     said = await outsider.call("""
     ch, good = channel(), bearer(token())
     def ok(name, request=None, **more):

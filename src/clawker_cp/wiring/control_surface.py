@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,23 @@ class ControlSurface:
             negative_ttl_s=oauth.negative_ttl_s,
             bars=self.tokens.bars,
             room=room,
+            observe=self._metrics.observe_auth,
         ).require_client_id(client)
+
+    def auth_counts(self) -> Mapping[str, int]:
+        """
+        What the interceptors of both listeners counted, together.
+        """
+        total: Counter[str] = Counter()
+        for auth in self._auths:
+            total.update(auth.statistics())
+        return total
+
+    def token_counts(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """
+        Tokens issued by client, and refused by error.
+        """
+        return self.tokens.tally.issued, self.tokens.tally.refused
 
     async def open(self, group: asyncio.TaskGroup, admin: Any, control: Any, agents: Any, resolver: Resolver) -> None:
         """
@@ -177,6 +194,21 @@ class ControlSurface:
             cause = f"{type(error).__name__}: {error}"
         if not self._closing:
             self._report_lost(name, cause)
+
+    async def wait_broken(self) -> None:
+        """
+        Wait until a child or a listener is lost that cannot be brought back, and say so.
+        """
+        async with asyncio.TaskGroup() as group:
+            waits = {
+                "cp_child_lost": group.create_task(self.tokens.wait_crash(), name="child-crash"),
+                "cp_listener_lost": group.create_task(self.wait_lost(), name="listener-lost"),
+            }
+            ended, _ = await asyncio.wait(waits.values(), return_when=asyncio.FIRST_COMPLETED)
+            for event, task in waits.items():
+                if task in ended:
+                    log.error(event, cause=str(task.result()), effect="draining; enforcement stays as it is")
+                task.cancel()
 
     async def wait_lost(self) -> ClawkerError:
         """

@@ -39,8 +39,11 @@ class Host:
         self.control = FirewallControl(
             self, self, self, self, RuleBook(self), self,
             load=self._load, running=lambda: self.names, gate_answers=self._answers,
-            publish_ca=lambda: self.told.append("publish"), addresses=ADDRESSES,
+            publish_ca=lambda: self.told.append("publish"), take_over=self._take_over, addresses=ADDRESSES,
         )  # fmt: skip
+
+    async def _take_over(self) -> None:
+        self.told.append("take over")
 
     async def _load(self) -> None:
         self.told.append("load")
