@@ -8,19 +8,20 @@ are in `wiring`.
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
 import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import structlog
 
+from clawker_cp.accel import IMPLEMENTATION
 from clawker_cp.agents.database import Database
 from clawker_cp.agents.directory import full_name
 from clawker_cp.agents.lifecycle import SandboxLives
@@ -66,6 +67,7 @@ from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.telemetry.metrics import Metrics
 from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
+from clawker_cp.wiring.certificate_keeper import CertificateKeeper
 from clawker_cp.wiring.control_surface import ControlSurface
 from clawker_cp.wiring.enforcement import HostEnforcement
 from clawker_cp.wiring.event_bridge import EventBridge
@@ -75,7 +77,7 @@ from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_
 from clawker_cp.wiring.reports import Reports
 from clawker_cp.wiring.reserved import learn_addresses
 from clawker_cp.wiring.sandbox_service import SandboxService, host_ids
-from clawker_cp.wiring.server_status import ServerStatus
+from clawker_cp.wiring.server_status import ServerStatus, implementations
 from clawker_cp.wiring.translation import (
     adopted_request,
     gate_settings,
@@ -89,7 +91,6 @@ log = structlog.get_logger()
 DRAIN_LIMIT_S = 25.0
 GARBAGE_EVERY_S = 30.0
 SOS_KEPT_S = 2.0
-CERTIFICATES_EVERY_S = 3600.0
 UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
 
 
@@ -183,6 +184,7 @@ class ControlPlane:
             lambda: self._policy.plan.rule_ids,
             self._engine.exit_code,
             count=lambda flows: self._metrics.count_flows(flows),
+            count_dns=lambda one: self._metrics.count_dns(one.verdict, one.duration_ns / 1e9, cached=one.cached),
         )
         self._gate = Gate(
             gate_settings(settings, self._engine.gateway),
@@ -212,7 +214,13 @@ class ControlPlane:
             components=self._health.components,
             agents=lambda: self._status.agent_states(),
             state=lambda: self._status.policy_numbers(),
+            maps=lambda: self._status.map_sizes(),
+            ready=lambda: self._startup.is_ready,
+            auth=lambda: self._surface.auth_counts(),
+            tokens=lambda: self._surface.token_counts(),
+            certificates=lambda: self._status.certificate_ends(),
         )
+        self._metrics.describe(version("clawker-cp"), "host", "embedded", IMPLEMENTATION)
         self._tree = find_tree(directories.data, self._certificates)
         self._database = Database(directories.data / "controlplane" / "controlplane.db")
         self._quarantines = Quarantines(self._database)
@@ -238,6 +246,7 @@ class ControlPlane:
             running=lambda: [full_name(one.project, one.agent) for one in self._engine.living()],
             gate_answers=partial(gate_answers, gateway),
             publish_ca=self._write_bundle,
+            take_over=lambda: self._certificate_keeper.take_over(),
             addresses=FirewallAddresses(gateway, gateway, f"host:{settings.host.bridge}", self._engine.subnet),
         )
         self._lives.require(self._firewall.require_up)
@@ -260,12 +269,23 @@ class ControlPlane:
             self._tree,
             self._health,
             self._rows,
+            Registry(self._database),
+            self._flows,
             gateway=gateway,
             up=lambda: self._firewall.up,
             is_ready=lambda: self._startup.is_ready,
-            authority=self._surface.tokens.implementation,
+            what_runs=implementations(settings, self._surface.tokens.implementation),
             authority_answers=self._surface.tokens.answers,
             parent_exists=lambda: self._engine.parent_cgroup.is_dir(),
+            enrolled=self._manager.agents,
+            max_agents=settings.firewall.max_agents,
+        )
+        self._certificate_keeper = CertificateKeeper(
+            self._tree,
+            self._surface.tokens,
+            self._authority,
+            reconcile=self._policy.reconcile,
+            up=lambda: self._firewall.up,
         )
         self._keeper = HealthKeeper(self._health, self._status.checks())
 
@@ -281,16 +301,12 @@ class ControlPlane:
             SandboxRpcs(
                 self._sandboxes,
                 ids=lambda: host_ids(environment()),
-                policy_of=self._policy_number,
+                policy_of=self._roster.policy_of,
                 inbound=self._settings.firewall.inbound,
             ),
         )
         registration = Registration(registry, registered=self._agents.registered)
         return new_admin_server(self._firewall, registry, start=self._startup), control, AgentServicer(registration)
-
-    def _policy_number(self, sandbox_id: str) -> int:
-        agent = self._roster.by_id(sandbox_id)
-        return agent.policy if agent is not None else 0
 
     async def run(self, stop: asyncio.Event, *, on_ready: Callable[[], None]) -> int:
         """
@@ -318,6 +334,7 @@ class ControlPlane:
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[], None], drain: AsyncExitStack) -> None:
         self._listen(EventBridge(self._events, asyncio.get_running_loop()))
+        self._listen(self._metrics.note)
         log.info("cp_starting", pid=os.getpid(), state=str(self._directories.state))
         await self._engine.start()
         adopted = self._engine.living()
@@ -406,7 +423,8 @@ class ControlPlane:
             ("bypasses", self._agents.run, "connections outlive a bypass until their next packet"),
             ("sandboxes", self._sandboxes.run, "no sandbox can be created"),
             ("health", self._keeper.run, "health is not known"),
-            ("certificates", self._renew_certificates, "certificates are not renewed"),
+            ("certificates", self._certificate_keeper.run, "certificates are not renewed"),
+            ("loop_lag", self._metrics.watch_loop, "how late the loop runs is not measured"),
         ]
         # Not among those that are cancelled: `close` lets it finish what it has accepted.
         self._reconciling = group.create_task(self._policy.run(), name="reconciler")
@@ -434,30 +452,21 @@ class ControlPlane:
         group.create_task(self._firewall.reread(), name="reload")
 
     async def _wait_for_end(self, stop: asyncio.Event, group: asyncio.TaskGroup) -> None:
-        crash = group.create_task(self._surface.tokens.wait_crash(), name="child-crash")
-        lost = group.create_task(self._surface.wait_lost(), name="listener-lost")
-        waits = [group.create_task(event.wait(), name="end") for event in (stop, self._done)]
-        ended, _ = await asyncio.wait([crash, lost, *waits], return_when=asyncio.FIRST_COMPLETED)
-        for event, task in (("cp_child_lost", crash), ("cp_listener_lost", lost)):
-            if task in ended:
-                log.error(event, cause=str(task.result()), effect="draining; enforcement stays as it is")
-                self._exit_code = 1
-        for task in (crash, lost, *waits):
+        broken = group.create_task(self._surface.wait_broken(), name="broken")
+        waits = [broken, *(group.create_task(event.wait(), name="end") for event in (stop, self._done))]
+        ended, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        self._exit_code = int(broken in ended)
+        for task in waits:
             task.cancel()
 
     async def _drain(self, ending: Drain) -> None:
         """Stage by stage; enforcement goes only when nothing of an agent lives (R24)."""
         empty = not self._engine.living()
         await ending.stage("envoy", self._envoy.stop if empty else self._envoy.leave)
-        await ending.stage("kernel", self._flush if empty else self._leave_kernel)
+        leave = self._manager.flush if empty else self._manager.close
+        await ending.stage("kernel", partial(asyncio.to_thread, leave))
         await ending.stage("engine", partial(self._engine.aclose, remove=empty))
         log.info("drain_done", enforcement="removed" if empty else "stays pinned")
-
-    async def _flush(self) -> None:
-        await asyncio.to_thread(self._manager.flush)
-
-    async def _leave_kernel(self) -> None:
-        self._manager.close()
 
     def _client_gone(self) -> None:
         if self._ephemeral and self._local.idle and not len(self._lives):
@@ -483,16 +492,6 @@ class ControlPlane:
             if self._firewall.up:
                 self._manager.collect_garbage()
                 await self._learn_addresses()
-
-    async def _renew_certificates(self) -> None:
-        """Renew our own leaves and those of inspection before they end."""
-        while True:
-            renewed = await asyncio.to_thread(self._tree.renew)
-            if renewed:
-                await self._surface.tokens.refresh()
-            if self._authority.next_renewal() <= dt.datetime.now(dt.UTC) and self._firewall.up:
-                await self._policy.reconcile()
-            await asyncio.sleep(CERTIFICATES_EVERY_S)
 
     async def _learn_addresses(self) -> None:
         await learn_addresses(self._settings, self._engine, self._policy, self._manager, self._gate)
