@@ -8,7 +8,6 @@ are in `wiring`.
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
 import os
 import signal
 import time
@@ -16,12 +15,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import structlog
 
+from clawker_cp.accel import IMPLEMENTATION
 from clawker_cp.agents.database import Database
 from clawker_cp.agents.directory import full_name
 from clawker_cp.agents.quarantines import Quarantines
@@ -52,15 +53,17 @@ from clawker_cp.rpc.control_agents import AgentRpcs
 from clawker_cp.rpc.control_flows import FlowRpcs
 from clawker_cp.rpc.control_rules import RuleRpcs
 from clawker_cp.rpc.control_sandboxes import SandboxRpcs
+from clawker_cp.runtime.drain import Drain
 from clawker_cp.runtime.health import HealthRegistry
 from clawker_cp.runtime.overseer import Overseer
 from clawker_cp.runtime.startup import CPStartupOrchestrator
-from clawker_cp.runtime.tasks import supervise
+from clawker_cp.runtime.tasks import cancelled, leaf_text, supervise, wait_ended
 from clawker_cp.telemetry.connections import Connections
 from clawker_cp.telemetry.flowlog import FlowLog
 from clawker_cp.telemetry.metrics import Metrics
 from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
+from clawker_cp.wiring.certificate_keeper import CertificateKeeper
 from clawker_cp.wiring.control_surface import ControlSurface
 from clawker_cp.wiring.docker_host import DockerHost
 from clawker_cp.wiring.drain_to_zero import DrainToZero, watcher_options
@@ -73,7 +76,7 @@ from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_
 from clawker_cp.wiring.reports import Reports
 from clawker_cp.wiring.reserved import learn_addresses
 from clawker_cp.wiring.sandbox_service import host_ids
-from clawker_cp.wiring.server_status import ServerStatus
+from clawker_cp.wiring.server_status import ServerStatus, implementations
 from clawker_cp.wiring.translation import gate_settings, refuse_host, refuse_what_is_not_offered
 
 log = structlog.get_logger()
@@ -81,7 +84,7 @@ log = structlog.get_logger()
 DRAIN_LIMIT_S = 25.0
 GARBAGE_EVERY_S = 30.0
 SOS_KEPT_S = 2.0
-CERTIFICATES_EVERY_S = 3600.0
+LIST_LIMIT_S = 5.0
 
 
 class ControlPlane:
@@ -170,6 +173,7 @@ class ControlPlane:
             lambda: self._policy.plan.rule_ids,
             engine.exit_code,
             count=lambda flows: self._metrics.count_flows(flows),
+            count_dns=lambda one: self._metrics.count_dns(one.verdict, one.duration_ns / 1e9, cached=one.cached),
         )
         self._gate = Gate(
             gate_settings(settings, network),
@@ -193,7 +197,13 @@ class ControlPlane:
             components=self._health.components,
             agents=lambda: self._status.agent_states(),
             state=lambda: self._status.policy_numbers(),
+            maps=lambda: self._status.map_sizes(),
+            ready=lambda: self._startup.is_ready,
+            auth=lambda: self._surface.auth_counts(),
+            tokens=lambda: self._surface.token_counts(),
+            certificates=lambda: self._status.certificate_ends(),
         )
+        self._metrics.describe(version("clawker-cp"), "host", "embedded", IMPLEMENTATION)
         self._tree = find_tree(directories.data, self._certificates)
         self._database = Database(directories.data / "controlplane" / "controlplane.db")
         self._quarantines = Quarantines(self._database)
@@ -219,6 +229,7 @@ class ControlPlane:
             running=self._running_names,
             gate_answers=partial(gate_answers, network.dns),
             publish_ca=self._write_bundle,
+            take_over=lambda: self._certificate_keeper.take_over(),
             addresses=FirewallAddresses(network.proxy, network.dns, network.id, network.subnet),
             enrol_all=lambda: self._side.enrol_all(),
         )
@@ -248,13 +259,24 @@ class ControlPlane:
             self._tree,
             self._health,
             self._rows,
+            Registry(self._database),
+            self._flows,
             engine=self._side.name,
             dns_address=network.dns,
             up=lambda: self._firewall.up,
             is_ready=lambda: self._startup.is_ready,
-            authority=self._surface.tokens.implementation,
+            what_runs=implementations(settings, self._surface.tokens.implementation),
             authority_answers=self._surface.tokens.answers,
             engine_answers=self._engine.answers,
+            enrolled=self._manager.agents,
+            max_agents=settings.firewall.max_agents,
+        )
+        self._certificate_keeper = CertificateKeeper(
+            self._tree,
+            self._surface.tokens,
+            self._authority,
+            reconcile=self._policy.reconcile,
+            up=lambda: self._firewall.up,
         )
         self._emptiness = DrainToZero(
             self._side.running, self._nothing_left, watcher_options(settings.drain), self._health
@@ -284,7 +306,7 @@ class ControlPlane:
             SandboxRpcs(
                 self._side.sandboxes,
                 ids=lambda: host_ids(environment()),
-                policy_of=self._policy_number,
+                policy_of=self._roster.policy_of,
                 inbound=self._settings.firewall.inbound,
             ),
         )
@@ -293,10 +315,6 @@ class ControlPlane:
 
     async def _running_names(self) -> list[str]:
         return [full_name(one.project, one.agent) for one in await self._side.running()]
-
-    def _policy_number(self, sandbox_id: str) -> int:
-        agent = self._roster.by_id(sandbox_id)
-        return agent.policy if agent is not None else 0
 
     async def run(self, stop: asyncio.Event, *, on_ready: Callable[[], None]) -> int:
         """
@@ -324,9 +342,10 @@ class ControlPlane:
 
     async def _serve(self, stop: asyncio.Event, on_ready: Callable[[], None], drain: AsyncExitStack) -> None:
         self._listen(EventBridge(self._events, asyncio.get_running_loop()))
+        self._listen(self._metrics.note)
         log.info("cp_starting", pid=os.getpid(), state=str(self._directories.state))
         await self._side.prepare()
-        ready = False
+        ending, ready = Drain(DRAIN_LIMIT_S), False
         try:
             async with asyncio.TaskGroup() as group:
                 running = await self._start(group, drain)
@@ -335,18 +354,25 @@ class ControlPlane:
                 log.info("cp_ready", agents=len(self._roster))
                 on_ready()
                 await self._wait_for_end(stop, group)
-                log.info("drain_started", agents=len(self._roster))
-                self._side.close()
-                self._policy.close()
-                await self._surface.close()
-                await self._events.aclose()
+                await self._stop_serving(ending)
                 for task in running:
                     task.cancel()
+                await ending.stage("policy", partial(wait_ended, self._reconciling))
+        except Exception as error:
+            log.error("cp_serve_failed", cause=leaf_text(error), effect="draining" if ready else "not started")
+            raise
         finally:
-            # However a server that was ready ends, a failed part included, it drains once.
-            if ready:
-                self._side.close()
-                await self._drain()
+            # However a server that was ready ends, a failed part included, it drains once; a second signal ends that.
+            if ready and not cancelled():
+                await self._stop_serving(ending)
+                await self._drain(ending)
+
+    async def _stop_serving(self, ending: Drain) -> None:
+        """Take nothing new; what was accepted goes on."""
+        ending.begin(agents=len(self._roster))
+        self._side.close()
+        self._policy.close()
+        await ending.stage("listeners", self._surface.close)
 
     async def _start(self, group: asyncio.TaskGroup, drain: AsyncExitStack) -> list[asyncio.Task[None]]:
         """Open what others call, bring the firewall up, take over what runs; returns what is cancelled at the end."""
@@ -394,12 +420,13 @@ class ControlPlane:
             *self._side.parts(),
             ("bus", self._events.heartbeat, "a stuck part is not noticed"),
             ("health", self._keeper.run, "health is not known"),
-            ("certificates", self._renew_certificates, "certificates are not renewed"),
+            ("certificates", self._certificate_keeper.run, "certificates are not renewed"),
+            ("loop_lag", self._metrics.watch_loop, "how late the loop runs is not measured"),
         ]
         if self._settings.drain.to_zero and not self._ephemeral:
             parts.append(("drain_to_zero", self._emptiness.run, "the server does not end by itself"))
         # Not among those that are cancelled: `close` lets it finish what it has accepted.
-        group.create_task(self._policy.run(), name="reconciler")
+        self._reconciling = group.create_task(self._policy.run(), name="reconciler")
         return [
             group.create_task(supervise(name, factory, blast_radius=radius), name=name)
             for name, factory, radius in parts
@@ -409,41 +436,28 @@ class ControlPlane:
         group.create_task(self._firewall.reread(), name="reload")
 
     async def _wait_for_end(self, stop: asyncio.Event, group: asyncio.TaskGroup) -> None:
-        crash = group.create_task(self._surface.tokens.wait_crash(), name="child-crash")
-        waits = [group.create_task(event.wait(), name="end") for event in (stop, self._done)]
-        ended, _ = await asyncio.wait([crash, *waits], return_when=asyncio.FIRST_COMPLETED)
-        if crash in ended:
-            log.error("cp_child_lost", cause=str(crash.result()), effect="draining; enforcement stays as it is")
-            self._exit_code = 1
-        for task in (crash, *waits):
+        broken = group.create_task(self._surface.wait_broken(), name="broken")
+        waits = [broken, *(group.create_task(event.wait(), name="end") for event in (stop, self._done))]
+        ended, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        self._exit_code = int(broken in ended)
+        for task in waits:
             task.cancel()
 
-    async def _drain(self) -> None:
-        """Stage by stage, each contained; enforcement goes only when nothing of an agent lives (R24)."""
+    async def _drain(self, ending: Drain) -> None:
+        """Stage by stage; enforcement goes only when nothing of an agent lives (R24)."""
         empty = await self._nothing_lives()
-        for name, stage in (
-            ("envoy", self._envoy.stop if empty else self._envoy.leave),
-            ("kernel", self._flush if empty else self._leave_kernel),
-            *self._side.stages(empty=empty),
-        ):
-            try:
-                async with asyncio.timeout(DRAIN_LIMIT_S):
-                    await stage()
-                log.info("drain_stage", stage=name)
-            except (ClawkerError, OSError, TimeoutError) as error:
-                log.warning("drain_stage_failed", stage=name, cause=str(error))
+        await ending.stage("envoy", self._envoy.stop if empty else self._envoy.leave)
+        leave = self._manager.flush if empty else self._manager.close
+        await ending.stage("kernel", partial(asyncio.to_thread, leave))
+        for name, stage in self._side.stages(empty=empty):
+            await ending.stage(name, stage)
+        await ending.stage("bus", self._events.aclose)
         log.info("drain_done", enforcement="removed" if empty else "stays pinned")
-
-    async def _flush(self) -> None:
-        await asyncio.to_thread(self._manager.flush)
-
-    async def _leave_kernel(self) -> None:
-        self._manager.close()
 
     async def _nothing_lives(self) -> bool:
         """Whether no agent runs; what cannot be known may run (I2)."""
         try:
-            async with asyncio.timeout(DRAIN_LIMIT_S):
+            async with asyncio.timeout(LIST_LIMIT_S):
                 return not await self._side.running()
         except (ClawkerError, OSError, TimeoutError) as error:
             log.warning("drain_agents_unknown", cause=str(error), effect="enforcement stays pinned")
@@ -462,16 +476,6 @@ class ControlPlane:
             if self._firewall.up:
                 self._manager.collect_garbage()
                 await self._learn_addresses()
-
-    async def _renew_certificates(self) -> None:
-        """Renew our own leaves and those of inspection before they end."""
-        while True:
-            renewed = await asyncio.to_thread(self._tree.renew)
-            if renewed:
-                await self._surface.tokens.refresh()
-            if self._authority.next_renewal() <= dt.datetime.now(dt.UTC) and self._firewall.up:
-                await self._policy.reconcile()
-            await asyncio.sleep(CERTIFICATES_EVERY_S)
 
     async def _learn_addresses(self) -> None:
         await learn_addresses(self._settings, self._engine, self._ring, self._policy, self._manager, self._gate)

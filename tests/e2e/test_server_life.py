@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
+import re
 import signal
+import socket
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from clawker_cp.testing.machine import Machine
-from clawker_cp.testing.served import serving
+from clawker_cp.testing.served import Served, serving
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
@@ -20,6 +26,14 @@ taken = socket.socket()
 taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 taken.bind(("127.0.0.1", 7443))
 taken.listen()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+TAKE_53 = """
+import socket, time
+taken = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+taken.bind(("0.0.0.0", 53))
 print("taken", flush=True)
 time.sleep(60)
 """
@@ -79,6 +93,153 @@ async def test_a_start_that_cannot_be_is_told_to_who_watches(machine: Machine) -
             [sys.executable, "-m", "clawker_cp", "serve"], env=machine.environment, timeout_s=40
         )
         assert done.code == 1 and "7443" in done.err, done.err
+    finally:
+        blocker.kill()
+        await blocker.wait()
+
+
+def log_of(machine: Machine) -> str:
+    path = machine.host.directory / "state" / "logs" / "clawker-controlplane.log"
+    return path.read_text() if path.exists() else ""
+
+
+def count(text: str, event: str) -> int:
+    return len(re.findall(f'"event":"{event}"', text))
+
+
+def stop_listening(pid: int, port: int) -> None:
+    """Shut a listening socket of another process down, as a kernel that loses it would; nobody tells the process."""
+    library = ctypes.CDLL(None, use_errno=True)
+    wanted = f":{port:04X}"
+    inodes = {
+        fields[9]
+        for table in ("tcp", "tcp6")
+        for fields in (line.split() for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:])
+        if fields[1].endswith(wanted) and fields[3] == "0A"
+    }
+    assert inodes
+    pidfd = os.pidfd_open(pid)
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(link)
+        if target.startswith("socket:[") and target[8:-1] in inodes:
+            copy = library.syscall(438, pidfd, int(link.name), 0)  # pidfd_getfd
+            assert copy >= 0, os.strerror(ctypes.get_errno())
+            with socket.socket(fileno=copy) as sock:
+                sock.shutdown(socket.SHUT_RDWR)
+    os.close(pidfd)
+
+
+@pytest.mark.parametrize("port", [7443, 7444, 7080, 4444])
+async def test_losing_a_listener_drains(machine: Machine, port: int) -> None:
+    """A listener whose socket no longer listens ends the server: one drain, exit code 1, the reason in the log."""
+    before = log_of(machine)
+    async with serving(machine) as served:
+        stop_listening(served.process.pid, port)
+        async with asyncio.timeout(30):
+            assert await served.process.wait() == 1
+    said = log_of(machine)[len(before) :]
+    assert count(said, "cp_listener_lost") == 1 and "refuses connections" in said
+    assert count(said, "drain_started") == count(said, "drain_done") == 1
+
+
+WATCH = """
+        made = await client.call("CreateSandbox", C.CreateSandboxRequest(
+            project="shop", agent="stays", argv=["sleep", "600"], workdir=WORK))
+        result["id"] = made.sandbox.id
+        stream = client.stream("WatchEvents", C.WatchEventsRequest())
+        following = asyncio.ensure_future(anext(stream))
+        while not following.done():
+            await client.call("FirewallAddRules", A.FirewallAddRulesRequest(rules=[A.EgressRule(dst="a.example.com")]))
+            await client.call("FirewallRemoveRule", A.FirewallRemoveRuleRequest(all=True))
+        Path("{mark}").touch()
+        try:
+            while True:
+                await anext(stream)
+        except RpcFailed as error:
+            result["end"] = error.status
+"""
+
+
+async def test_a_signal_ends_calls_in_flight_and_a_second_one_the_drain(machine: Machine) -> None:
+    """An open stream holds the drain up for seconds, not for ever; a second signal for nothing; nobody is let out."""
+    mark = machine.host.directory / "watching"
+    for signals, code in ((1, 0), (2, 1)):
+        before = log_of(machine)
+        async with serving(machine) as served:
+            watcher = asyncio.ensure_future(served.call(WATCH.replace("{mark}", str(mark))))
+            async with asyncio.timeout(30):
+                while not mark.exists():
+                    assert not watcher.done(), watcher.result()
+                    await asyncio.sleep(0.02)
+            mark.unlink()
+            begun = time.monotonic()
+            served.process.send_signal(signal.SIGTERM)
+            if signals == 2:
+                async with asyncio.timeout(10):
+                    while count(log_of(machine)[len(before) :], "drain_started") == 0:
+                        await asyncio.sleep(0.01)
+                served.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(25):
+                assert await served.process.wait() == code
+            took = time.monotonic() - begun
+            said = await watcher
+            assert said["end"] in {"UNAVAILABLE", "CANCELLED"}
+        logged = log_of(machine)[len(before) :]
+        assert count(logged, "drain_started") == 1 and count(logged, "drain_done") == (signals == 1)
+        assert took < (15 if signals == 1 else 4), took
+        async with serving(machine) as served:
+            kept = await served.call("""
+                kept = (await client.call("ListSandboxes", C.ListSandboxesRequest())).sandboxes
+                result["kept"] = [one.agent for one in kept]
+                result["enrolled"] = [one.enrolled for one in
+                                      (await client.call("ListSessions", C.ListSessionsRequest())).sessions]
+                for one in kept:
+                    await client.call("RemoveSandbox", C.RemoveSandboxRequest(id=one.id, force=True, grace_seconds=1))
+            """)
+            assert kept == {"kept": ["stays"], "enrolled": [True]}
+
+
+async def test_a_start_that_fails_late_is_told_to_who_watches(machine: Machine) -> None:
+    """With the gate's port taken every watcher hears why, one that came before as one that comes after; then exit 1."""
+    blocker = await machine.host.start(
+        ["python3", "-c", TAKE_53],
+        env=machine.environment, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert blocker.stdout is not None
+        await blocker.stdout.readline()
+        made = [sys.executable, "-m", "clawker_cp.cli.ctl.main", "auth", "init"]
+        assert (await machine.host.run(made, env=machine.environment, timeout_s=30)).code == 0
+        watcher = asyncio.ensure_future(
+            Served(machine, blocker).call("""
+            from clawker_cp.errors import Unavailable
+
+            async def watch(heard):
+                stream = client.stream("WatchSOS", A.WatchSOSRequest())
+                heard.append((await anext(stream)).message)
+                await stream.aclose()
+
+            heard = []
+            while not heard:
+                try:
+                    await watch(heard)
+                except (RpcFailed, Unavailable) as error:
+                    assert error.code == "UNAVAILABLE", error
+                    await asyncio.sleep(0.02)
+            await watch(heard)
+            result["heard"] = heard
+        """)
+        )
+        async with asyncio.timeout(40):
+            code, err = 1, ""
+            while not watcher.done():  # until the watcher was there in time: the machine may be slow
+                done = await machine.host.run(
+                    [sys.executable, "-m", "clawker_cp", "serve"], env=machine.environment, timeout_s=40
+                )
+                code, err = done.code, done.err
+            said = await watcher
+        assert len(said["heard"]) == 2 and all("port 53" in text for text in said["heard"])
+        assert code == 1 and "port 53" in err and "Traceback" not in err
     finally:
         blocker.kill()
         await blocker.wait()

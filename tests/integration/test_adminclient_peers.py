@@ -186,6 +186,16 @@ async def test_a_stream_that_is_refused_twice_fails(peer: Peer) -> None:
     assert (refused.value.status, peer.servicer.refuse) == ("UNAUTHENTICATED", 7)
 
 
+async def test_a_call_that_is_refused_twice_fails(peer: Peer) -> None:
+    """A new token is fetched once, not for ever."""
+    peer.servicer.refuse = 9
+    async with peer.client() as client:
+        with pytest.raises(RpcFailed, match="token inactive") as refused:
+            await client.call("FirewallListRules", LIST)
+
+    assert (refused.value.status, peer.servicer.refuse) == ("UNAUTHENTICATED", 7)
+
+
 async def test_a_stream_that_has_begun_is_not_begun_anew(peer: Peer) -> None:
     """Its reader would see the first messages twice."""
     peer.servicer.refuse, peer.servicer.before = 1, 1

@@ -87,6 +87,13 @@ class Roster:
     def by_cgroup(self, cgroup_id: int) -> EnrolledAgent | None:
         return self._by_cgroup.get(cgroup_id)
 
+    def policy_of(self, agent_id: str) -> int:
+        """
+        The policy number of an agent, 0 for one that is not known.
+        """
+        agent = self._by_id.get(agent_id)
+        return agent.policy if agent is not None else 0
+
     def with_key(self, key: str) -> list[EnrolledAgent]:
         return [agent for agent in self._by_id.values() if agent.key == key]
 

@@ -16,6 +16,7 @@ import httpx
 import structlog
 
 from clawker_cp.auth.rates import RateLimit, too_many
+from clawker_cp.auth.tally import TokenTally
 from clawker_cp.runtime.asgi import Answer, Application, Request, unavailable
 
 log = structlog.get_logger()
@@ -27,8 +28,9 @@ LOCKED = b"database is locked"
 CONNECTIONS = 64
 PASSED_ON = ("content-type", "cache-control", "pragma", "www-authenticate")
 # Path and the methods it has; everything else of Hydra's public port stays out of reach.
+TOKEN = ("/oauth2/token", "POST")
 OFFERED = (
-    ("/oauth2/token", "POST"),
+    TOKEN,
     ("/oauth2/revoke", "POST"),
     ("/.well-known/jwks.json", "GET"),
     ("/.well-known/openid-configuration", "GET"),
@@ -53,12 +55,13 @@ class HydraFront:
         self._one_at_a_time = asyncio.Lock()
         self.ready = False
         self.repeated = 0
+        self.tally = TokenTally()
 
     def application(self) -> Application:
         """
         The endpoints that are offered; posts are counted against the rate of their address.
         """
-        return Application(dict.fromkeys(OFFERED, self._answer))
+        return Application({**dict.fromkeys(OFFERED, self._answer), TOKEN: self._token})
 
     async def aclose(self) -> None:
         """
@@ -67,6 +70,11 @@ class HydraFront:
         client, self._client = self._client, None
         if client is not None:
             await client.aclose()
+
+    async def _token(self, request: Request) -> Answer:
+        answer = await self._answer(request)
+        self.tally.count(answer.status, answer.body)
+        return answer
 
     async def _answer(self, request: Request) -> Answer:
         if request.method == "POST":

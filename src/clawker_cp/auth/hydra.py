@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import httpx
 import structlog
@@ -50,9 +50,16 @@ class BarList:
     Fulfils `authorizer.Bars`, and what ControlService revokes by.
     """
 
-    def __init__(self, ledger: Ledger, *, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        wall: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._ledger = ledger
         self._wall = wall
+        self._sleep = sleep
 
     def barred(self, token_sha256: bytes, client_id: str, exp: int) -> bool:
         """
@@ -64,7 +71,12 @@ class BarList:
     async def bar(self, kind: str, id_: str) -> None:
         """
         Refuse by `digest` (hex SHA-256 of a token), `client` or `all` what was issued until now.
+
+        Hydra's times are whole seconds: a client or all are answered when the second is over, so that what is issued
+        after the answer counts.
         """
         now = int(self._wall())
         await asyncio.to_thread(self._ledger.bar, kind, id_, now, now + TOKEN_LIFE_S)
         log.info("token_revoked", kind=kind, client=id_ if kind == "client" else "")
+        if kind != "digest":
+            await self._sleep(min(max(now + 1 - self._wall(), 0.0), 1.0))

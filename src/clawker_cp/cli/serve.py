@@ -83,6 +83,8 @@ def serve(
             code = run_until_signal(run)
         finally:
             sink.close()
+    except asyncio.CancelledError:
+        context.exit(1)  # a second signal: nothing was taken apart, enforcement stays as it is
     except BaseExceptionGroup as group:
         error = _leaf(group)
         notify.failed(error)

@@ -384,7 +384,7 @@ class Reconciler:
             rules = tuple(change(stored.rules))
             validation = validate(rules)
             if validation.problems:
-                raise RuleInvalid(validation.problems)
+                raise refusal(list(validation.problems))
             wanted = replace(self._with_stored(self._wanted, stored), stored=rules)
             return await self._apply(wanted, write=rules, progress=progress)
         finally:
@@ -460,7 +460,9 @@ class Reconciler:
         began = self._monotonic()
         found = await asyncio.to_thread(self._compile, wanted, wanted.rules)
         if isinstance(found, list):
-            raise refusal(found)
+            refused = refusal(found)
+            log.warning("policy_refused", cause=str(refused), code=refused.code, apply_us=self._since(began))
+            raise refused
         old = self.plan
         same = found.plan == old and not self._behind
         if same and not force:
@@ -474,7 +476,7 @@ class Reconciler:
         if not closing:
             self._names.announce(tables)
             try:
-                await self._open(found.plan, old)
+                await self._open(found.plan, old, began)
                 await self._persist(write, old)
             except BaseException:
                 self._names.announce(None)
@@ -511,12 +513,18 @@ class Reconciler:
             raise stored_not_live(failure) from failure
         change = Change(old, found.plan, moved, lost_destinations(old, found.plan))
         cut = await self._agents.cut(change) if change.policies or moved else 0
-        elapsed = int((self._monotonic() - began) * 1e6)
+        elapsed = self._since(began)
         touched = agents_touched(old, found.plan)
         if not same:
-            log.info("policy_applied", version=self.version, apply_us=elapsed, agents=touched, connections_cut=cut)
+            log.info(
+                "policy_applied", version=self.version, live=live, apply_us=elapsed, agents=touched,
+                connections_cut=cut,
+            )  # fmt: skip
             log_rules(previous.rules, wanted.rules)
         return Applied(self.version, live, elapsed, touched, cut)
+
+    def _since(self, began: float) -> int:
+        return int((self._monotonic() - began) * 1e6)
 
     def _accept(self, wanted: Wanted, compiled: Compiled) -> None:
         self._compiled = compiled
@@ -524,14 +532,14 @@ class Reconciler:
         self._allocations = compiled.allocations
         self._wanted = replace(wanted, concrete=dict(compiled.live))
 
-    async def _open(self, plan: Plan, old: Plan) -> None:
+    async def _open(self, plan: Plan, old: Plan, began: float) -> None:
         if not self._envoy.running:
             await self._envoy.validate(plan)
             return
         try:
             await self._envoy.open(plan)
         except ClawkerError as failure:
-            log.warning("policy_refused", cause=str(failure), code=failure.code)
+            log.warning("policy_refused", cause=str(failure), code=failure.code, apply_us=self._since(began))
             if failure.code != "RULE_INVALID":  # silence: what it may still take must be the old again
                 with contextlib.suppress(ClawkerError):
                     await self._envoy.open(old)

@@ -18,7 +18,7 @@ import structlog
 
 from clawker_cp.errors import ClawkerError, InvalidInput, Unavailable
 from clawker_cp.firewall import merge
-from clawker_cp.firewall.changes import Applied, Progress
+from clawker_cp.firewall.changes import Applied, Progress, refusal
 from clawker_cp.firewall.check import Checker, Request, Verdict
 from clawker_cp.firewall.effective import EffectiveRule, is_live, listing
 from clawker_cp.firewall.merge import AddStatus, Removed, RemoveStatus
@@ -81,12 +81,13 @@ class RuleBook:
         """
         Add rules, each in its scope; all or nothing. Outcomes are in the order of `rules`.
 
-        Raises `RuleInvalid` with every problem, indexed by the position in `rules`.
+        Raises `RuleInvalid` with every problem, indexed by the position in `rules`; `CapacityExceeded` if only bounds
+        are exceeded.
         """
         self._refuse_expired(rules)
         validation = validate(rules)
         if validation.problems:
-            raise RuleInvalid(validation.problems)
+            raise refusal(list(validation.problems))
         outcomes: list[Outcome] = []
 
         def change(stored: Sequence[Rule]) -> Sequence[Rule]:

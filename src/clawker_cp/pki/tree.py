@@ -33,7 +33,6 @@ log = structlog.get_logger()
 MOUNTED = Path("/etc/clawker/auth")  # in the control plane's container; wins over the host's tree
 PREPARED = ".clawker-new-"
 WARN_EVERY = dt.timedelta(days=1)
-WARN_DAYS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +92,7 @@ class AuthTree:
         self.root = root
         self._overrides = {relative: path for relative, path in overrides.items() if path}
         self._now = now
+        self._told: dict[Place, dt.datetime] = {}
 
     @property
     def is_ours(self) -> bool:
@@ -176,13 +176,19 @@ class AuthTree:
             if not is_due(identity.certificate, place.profile, self._now()):
                 continue
             if not self.holds_ca_key or not self.is_ours:
-                left = identity.certificate.not_valid_after_utc - self._now()
-                log.warning("pki_expiring", path=str(self.path(place.certificate)), days=left.days)
+                self._warn(place, identity.certificate.not_valid_after_utc)
                 continue
             self._replace(place, mint(place.profile, self.identity(CA), self._now()))
             log.info("pki_renewed", path=str(self.path(place.certificate)))
             renewed.append(place)
         return renewed
+
+    def _warn(self, place: Place, end: dt.datetime) -> None:
+        """Tell of a leaf that ends and cannot be renewed here, once a day."""
+        told = self._told.get(place)
+        if told is None or self._now() - told >= WARN_EVERY:
+            self._told[place] = self._now()
+            log.warning("pki_expiring", path=str(self.path(place.certificate)), days=(end - self._now()).days)
 
     def next_renewal(self) -> dt.datetime:
         """

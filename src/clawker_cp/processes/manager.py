@@ -77,7 +77,8 @@ class SubprocessManager:
         return self
 
     async def __aexit__(self, *failure: Any) -> None:
-        await self.shutdown(KILL_LIMIT_S)
+        # Cancelled: whoever ends us has waited long enough.
+        await self.shutdown(0.0 if failure and failure[0] is asyncio.CancelledError else KILL_LIMIT_S)
         await self._group.__aexit__(*failure)
 
     @property

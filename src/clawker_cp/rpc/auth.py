@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from clawker_cp.accel import TokenCache
-from clawker_cp.auth.authorizer import Authorizer, Bars, Pending, Refusal
+from clawker_cp.auth.authorizer import FAILED, Authorizer, Bars, Pending, Refusal
 from clawker_cp.auth.bearer import is_token, presented_token
 from clawker_cp.auth.introspect import Introspector
 from clawker_cp.auth.scopes import PUBLIC
@@ -28,6 +29,9 @@ UNMAPPED = Refusal(False, "unauthorized", "method without a scope")
 NO_TOKEN = Refusal(False, "missing bearer token")
 NOT_SERVED = "method not found"
 
+# Result and seconds of a call whose token had to be asked about; must not block or raise.
+Observe = Callable[[str, float], None]
+
 _ALL = frozenset({(False, False), (False, True), (True, False), (True, True)})
 _UNARY = frozenset({(False, False)})
 
@@ -38,7 +42,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     `method_scopes` maps full method names to scopes; `public` needs the certificate only, and a method that is not
     there is refused. A cached token is judged without awaiting. One per listener: a token belongs to the
-    certificate that first presents it there. `interceptors()` is what `grpc.aio.server` takes.
+    certificate that first presents it there. `interceptors()` is what `grpc.aio.server` takes. `observe` is told how
+    long a question about a token took, and how it ended.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         negative_ttl_s: float = 1.0,
         bars: Bars | None = None,
         room: asyncio.Semaphore | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self._authorizer = Authorizer(
             introspector, cache=cache, ttl_s=ttl_s, negative_ttl_s=negative_ttl_s, bars=bars, room=room
@@ -59,8 +65,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._scopes = dict(method_scopes)
         self._denials = DenialLog(log)
         self._common_name: bytes | None = None
+        self._observe = observe
         self._passed = 0
         self._asked = 0
+        self._passed_asked = 0
+        self._failed = 0
         self._everything = _Kinds(self, _ALL)
         self.unary_interceptor = _Kinds(self, _UNARY)
         self.stream_interceptor = _Kinds(self, _ALL - _UNARY)
@@ -114,12 +123,21 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return sorted(method for method in methods if not self._scopes.get(method))
 
     def statistics(self) -> dict[str, int]:
-        """Counts of the cache and of the questions, and calls that passed, were asked about, were denied."""
+        """
+        Counts of the cache and of the questions, and calls that passed, were asked about, were denied.
+
+        Each call is one of `hit` (passed without asking), `miss` (passed after asking), `error` (nobody could say) and
+        `refused`.
+        """
         return {
             **self._authorizer.statistics(),
             "passed": self._passed,
             "asked": self._asked,
             "denied": self._denials.total,
+            "hit": self._passed - self._passed_asked,
+            "miss": self._passed_asked,
+            "error": self._failed,
+            "refused": self._denials.total - self._failed,
         }
 
     async def aclose(self) -> None:
@@ -135,7 +153,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             refusal = self._judge(context, method)
         except Exception as error:  # noqa: BLE001 - a surprise is a denial (I10)
-            refusal = Refusal(False, "token validation failed", f"surprise: {type(error).__name__}")
+            refusal = Refusal(False, FAILED.message, f"surprise: {type(error).__name__}")
         if refusal is None:
             self._passed += 1
             return None
@@ -168,15 +186,21 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, context: Any, method: str, pending: Pending, token: str, certificate: bytes, scope: str
     ) -> None:
         self._asked += 1
+        begun = time.monotonic()
         try:
             refusal = await self._authorizer.ask(pending, token, certificate, scope)
         except Exception as error:  # noqa: BLE001 - a surprise is a denial (I10)
-            refusal = Refusal(False, "token validation failed", f"surprise: {type(error).__name__}")
+            refusal = Refusal(False, FAILED.message, f"surprise: {type(error).__name__}")
+        if self._observe is not None:
+            result = "miss" if refusal is None else "error" if refusal.message == FAILED.message else "denied"
+            self._observe(result, time.monotonic() - begun)
         if refusal is not None:
             await self._refuse(context, method, refusal)
         self._passed += 1
+        self._passed_asked += 1
 
     async def _refuse(self, context: Any, method: str, refusal: Refusal) -> None:
+        self._failed += refusal.message == FAILED.message
         code = grpc.StatusCode.PERMISSION_DENIED if refusal.authenticated else grpc.StatusCode.UNAUTHENTICATED
         self._denials.report(
             method=method[:200], peer=context.peer(), code=code.name, message=refusal.message, cause=refusal.cause

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import structlog
 
@@ -103,3 +104,30 @@ class _Part:
         pause = self._pause
         self._pause = min(pause * 2, RETRY_MAX_S)
         return pause
+
+
+async def wait_ended(task: asyncio.Task[Any]) -> None:
+    """
+    Wait until a task has ended, however; whoever stops waiting ends it.
+    """
+    try:
+        await asyncio.wait([task])
+    finally:
+        task.cancel()
+
+
+def cancelled() -> bool:
+    """
+    Whether the task that asks is being cancelled.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def leaf_text(error: BaseException) -> str:
+    """
+    The first of what a group of failures is made of, in words.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"

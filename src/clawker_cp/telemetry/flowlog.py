@@ -237,6 +237,11 @@ class FlowLog:
         lost["export"] += self._file.lost
         return lost
 
+    @property
+    def writable(self) -> bool:
+        """Whether the disk took what was last written."""
+        return not self._file.failing
+
     def statistics(self) -> dict[str, int]:
         """
         Taken, held in memory, waiting for the disk, subscribers, and `lost_<where>`.
@@ -261,7 +266,7 @@ class _FlowFile:
         self._file = RotatingFile(path)
         self._batches: deque[list[Flow]] = deque()
         self._lock = threading.Lock()
-        self._failing = False
+        self.failing = False
         self._writing = 0
         self.lost = 0
 
@@ -295,14 +300,14 @@ class _FlowFile:
         except OSError as error:
             self._fail(error)
             return
-        if self._failing:
-            self._failing = False
+        if self.failing:
+            self.failing = False
             log.info("flows_recovered", lost=self.lost)
 
     def _fail(self, error: OSError) -> None:
         self._file.close()
-        if not self._failing:  # once per outage: a full disk must not fill the log too
-            self._failing = True
+        if not self.failing:  # once per outage: a full disk must not fill the log too
+            self.failing = True
             log.warning("flows_unavailable", cause=str(error), blast_radius="flow records on disk", retry_s=0)
 
     def close(self) -> None:

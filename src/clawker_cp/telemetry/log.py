@@ -91,7 +91,7 @@ class LogSink:
 
     def __init__(self, path: Path | None, *, stderr: bool = True) -> None:
         self._file = RotatingFile(path) if path is not None else None
-        self._listener: Callable[[Mapping[str, Any]], None] | None = None
+        self._listeners: tuple[Callable[[Mapping[str, Any]], None], ...] = ()
         self._stderr = stderr
         self._lines: queue.Queue[bytes | None] = queue.Queue(LOG_LINES_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="clawker-log", daemon=True)
@@ -169,14 +169,14 @@ class LogSink:
         """
         Show `listener` every line from now on, redacted, where it is logged; it must not block or raise.
         """
-        self._listener = listener
+        self._listeners = (*self._listeners, listener)
 
     def tell(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """
         Show a line to the listener. A structlog processor.
         """
-        if self._listener is not None:
-            self._listener(event)
+        for listener in self._listeners:
+            listener(event)
         return event
 
     def statistics(self) -> dict[str, int]:

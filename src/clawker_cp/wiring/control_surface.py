@@ -8,8 +8,10 @@ ready only the boot methods answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -26,6 +28,7 @@ from clawker_cp.auth.scopes import (
     health_method_scopes,
 )
 from clawker_cp.config import Directories, Settings
+from clawker_cp.errors import ClawkerError, Unavailable
 from clawker_cp.pki.material import ListenerMaterial
 from clawker_cp.pki.tree import AuthTree
 from clawker_cp.rpc.auth import AuthInterceptor
@@ -44,6 +47,7 @@ log = structlog.get_logger()
 
 LOOPBACK = "127.0.0.1"
 CLOSE_LIMIT_S = 5.0
+LOOK_EVERY_S = 2.0
 
 
 class ControlSurface:
@@ -81,6 +85,8 @@ class ControlSurface:
         self._address = address
         self._auths: list[AuthInterceptor] = []
         self._listeners: list[tuple[RpcServer, HealthService]] = []
+        self._lost: asyncio.Queue[ClawkerError] = asyncio.Queue()
+        self._closing = False
 
     def make_auths(self) -> Sequence[AuthInterceptor]:
         """
@@ -104,7 +110,23 @@ class ControlSurface:
             negative_ttl_s=oauth.negative_ttl_s,
             bars=self.tokens.bars,
             room=room,
+            observe=self._metrics.observe_auth,
         ).require_client_id(client)
+
+    def auth_counts(self) -> Mapping[str, int]:
+        """
+        What the interceptors of both listeners counted, together.
+        """
+        total: Counter[str] = Counter()
+        for auth in self._auths:
+            total.update(auth.statistics())
+        return total
+
+    def token_counts(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """
+        Tokens issued by client, and refused by error.
+        """
+        return self.tokens.tally.issued, self.tokens.tally.refused
 
     async def open(self, group: asyncio.TaskGroup, admin: Any, control: Any, agents: Any, resolver: Resolver) -> None:
         """
@@ -127,11 +149,12 @@ class ControlSurface:
             "agents", f"{self._address}:{ports.agent_port}", agents_auth, [agent_service(agents)],
             ("clawker.agent.v1.AgentService",), identity=[IdentityInterceptor(resolver)], limits=AGENT_LIMITS,
         )  # fmt: skip
-        group.create_task(self._health.run(), name="health-listener")
-        group.create_task(self._scrape.run(), name="metrics-listener")
+        group.create_task(self._follow("health", self._health.run()), name="health-listener")
+        group.create_task(self._follow("metrics", self._scrape.run()), name="metrics-listener")
         await self.tokens.start(group)
         for listener, health in self._listeners:
             await listener.start()
+            group.create_task(self._follow(listener.name, listener.wait_stopped()), name=f"{listener.name}-listener")
             await health.serve()
         await self.tokens.register_clients()
         self.probe_also(())
@@ -162,21 +185,69 @@ class ControlSurface:
             ory=self.tokens.children,
         )
 
+    async def _follow(self, name: str, serving: Awaitable[None]) -> None:
+        """Report a listener that ends although nobody closed it."""
+        cause = "it ended"
+        try:
+            await serving
+        except (OSError, RuntimeError, ClawkerError) as error:
+            cause = f"{type(error).__name__}: {error}"
+        if not self._closing:
+            self._report_lost(name, cause)
+
+    async def wait_broken(self) -> None:
+        """
+        Wait until a child or a listener is lost that cannot be brought back, and say so.
+        """
+        async with asyncio.TaskGroup() as group:
+            waits = {
+                "cp_child_lost": group.create_task(self.tokens.wait_crash(), name="child-crash"),
+                "cp_listener_lost": group.create_task(self.wait_lost(), name="listener-lost"),
+            }
+            ended, _ = await asyncio.wait(waits.values(), return_when=asyncio.FIRST_COMPLETED)
+            for event, task in waits.items():
+                if task in ended:
+                    log.error(event, cause=str(task.result()), effect="draining; enforcement stays as it is")
+                task.cancel()
+
+    async def wait_lost(self) -> ClawkerError:
+        """
+        Wait until a listener is gone that nobody closed.
+
+        One that ended says so; one whose socket no longer listens, which nobody tells us, refuses connections.
+        """
+        ports = self._settings.cli.control_plane
+        places = [
+            ("admin", LOOPBACK, ports.admin_port),
+            ("agents", self._address, ports.agent_port),
+            ("health", LOOPBACK, ports.health_port),
+            ("metrics", LOOPBACK, self._settings.metrics_port),
+            ("token", LOOPBACK, ports.hydra_public_port),
+        ]
+        refused: set[str] = set()
+        while self._lost.empty():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    return await self._lost.get()
+            again = {name for name, host, port in places if await _refuses(host, port)}
+            for name in sorted(again & refused):
+                self._report_lost(name, "its socket refuses connections")
+            refused = again
+        return self._lost.get_nowait()
+
+    def _report_lost(self, name: str, cause: str) -> None:
+        log.error("grpc_serve_panic" if name in {"admin", "agents"} else "cp_serve_failed", listener=name, cause=cause)
+        self._lost.put_nowait(Unavailable(f"the {name} listener is lost: {cause}"))
+
     async def close(self) -> None:
         """
-        Take no new calls, finish those in flight within a bound, stop listening.
+        Take no new calls, finish those in flight within a bound, stop listening. Fine to call again.
         """
-        for listener, health in self._listeners:
-            await health.leave()
-            await listener.stop(CLOSE_LIMIT_S)
-        self.tokens.close()
-        self._health.close()
-        self._scrape.close()
-
-    def release(self) -> None:
-        """
-        Give back what was bound by a start that failed.
-        """
+        self._closing = True
+        async with asyncio.TaskGroup() as group:
+            for listener, health in self._listeners:
+                await health.leave()
+                group.create_task(listener.stop(CLOSE_LIMIT_S), name=f"{listener.name}-stop")
         self.tokens.close()
         self._health.close()
         self._scrape.close()
@@ -200,6 +271,19 @@ class ControlSurface:
     def _tls(self) -> TlsMaterial:
         material = self._material.read()
         return TlsMaterial(material.certificate_pem, material.key_pem, material.ca_pem)
+
+
+async def _refuses(host: str, port: int) -> bool:
+    """Whether nothing listens: what is merely busy does not refuse."""
+    try:
+        async with asyncio.timeout(LOOK_EVERY_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return False
 
 
 async def _accepts(host: str, port: int, tls: ssl.SSLContext) -> bool:

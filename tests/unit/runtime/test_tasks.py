@@ -11,7 +11,7 @@ import structlog
 
 from clawker_cp.config import RETRY_MAX_S, STABLE_AFTER_S
 from clawker_cp.runtime.health import Health, HealthRegistry
-from clawker_cp.runtime.tasks import supervise
+from clawker_cp.runtime.tasks import cancelled, leaf_text, supervise, wait_ended
 from clawker_cp.testing.clock import FakeClock
 
 
@@ -106,3 +106,43 @@ async def test_return_ends_supervision() -> None:
 
     async with asyncio.timeout(5):
         await supervise("once", once, blast_radius="")
+
+
+async def test_an_ended_task_is_waited_for_and_one_that_does_not_end_is_ended() -> None:
+    """Whoever stops waiting takes the task along; how it ended is nobody's business here."""
+
+    async def fails() -> None:
+        raise RuntimeError("seen by its owner")
+
+    failing = asyncio.ensure_future(fails())
+    await wait_ended(failing)
+    assert isinstance(failing.exception(), RuntimeError)
+    endless = asyncio.ensure_future(asyncio.Event().wait())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await wait_ended(endless)
+    with pytest.raises(asyncio.CancelledError):
+        await endless
+
+
+async def test_a_task_knows_that_it_is_being_cancelled() -> None:
+    """So that what it does at its end is done only if nobody is in a hurry."""
+    seen: list[bool] = []
+
+    async def body() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append(cancelled())
+
+    task = asyncio.ensure_future(body())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert seen == [True] and not cancelled()
+
+
+def test_a_group_is_told_by_its_first_failure() -> None:
+    """However deep it lies."""
+    group = ExceptionGroup("a", [ExceptionGroup("b", [ValueError("inner")]), OSError("other")])
+    assert leaf_text(group) == "ValueError: inner" and leaf_text(OSError("x")) == "OSError: x"

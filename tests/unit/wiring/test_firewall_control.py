@@ -40,7 +40,8 @@ class Host:
         self.control = FirewallControl(
             self, self, self, self, RuleBook(self), self,
             load=self._load, running=self._running_names, gate_answers=self._answers,
-            publish_ca=lambda: self.told.append("publish"), addresses=ADDRESSES, enrol_all=self._enrol_all,
+            publish_ca=lambda: self.told.append("publish"), take_over=self._take_over, addresses=ADDRESSES,
+            enrol_all=self._enrol_all,
         )  # fmt: skip
 
     async def _running_names(self) -> list[str]:
@@ -48,6 +49,9 @@ class Host:
 
     async def _enrol_all(self) -> None:
         self.enrolled += 1
+
+    async def _take_over(self) -> None:
+        self.told.append("take over")
 
     async def _load(self) -> None:
         self.told.append("load")

@@ -78,6 +78,12 @@ class Ledger:
                 return True
         return False
 
+    def barred_until(self, client_id: str) -> int:
+        """
+        Up to when tokens of a client are revoked as a whole, in Unix seconds; 0 = never.
+        """
+        return max((self._barred.get(key, (0, 0))[0] for key in (("client", client_id), ("all", ""))), default=0)
+
     def _sweep(self, now: float) -> None:
         # Ten seconds of leeway count for an assertion that has ended (contract 3.3).
         self._rows.execute("DELETE FROM oauth_jti WHERE exp < ?", (int(now) - 60,))

@@ -24,6 +24,7 @@ from clawker_cp.auth.authority.ledger import Ledger
 from clawker_cp.auth.introspect import INACTIVE, IntrospectionResult
 from clawker_cp.auth.rates import RateLimit, too_many
 from clawker_cp.auth.scopes import AGENT_CLIENT
+from clawker_cp.auth.tally import TokenTally
 from clawker_cp.runtime.asgi import MAX_BODY_BYTES, Answer, refusal, unavailable
 
 log = structlog.get_logger()
@@ -60,10 +61,14 @@ class TokenAuthority:
         self._wall = wall
         self._clients: dict[str, Client] = {}
         self._documents: dict[str, Mapping[str, Any]] = {}
-        self.issued = 0
-        self.refused = 0
+        self.tally = TokenTally()
 
     # -- clients -----------------------------------------------------------------------------
+
+    @property
+    def issued(self) -> int:
+        """How many tokens were given since the start."""
+        return self.tally.issued.total()
 
     @property
     def ready(self) -> bool:
@@ -91,6 +96,11 @@ class TokenAuthority:
         """
         `POST /oauth2/token`: an assertion for an access token.
         """
+        answer = await self._exchange(content_type, body, peer)
+        self.tally.count(answer.status, answer.body)
+        return answer
+
+    async def _exchange(self, content_type: str, body: bytes, peer: str) -> Answer:
         if not self._rate.admits(peer):
             return too_many()
         if not self.ready:
@@ -102,16 +112,13 @@ class TokenAuthority:
             return refusal(400, "unsupported_grant_type", "only client_credentials is offered")
         client = await self._authenticate(form, peer)
         if client is None:
-            self.refused += 1
             return refusal(401, "invalid_client", "client authentication failed")
         allowed = client.scope.split(" ")
         wanted = [word for word in form.get("scope", "").split(" ") if word] or allowed
         if any(scope not in allowed for scope in wanted):
-            self.refused += 1
             log.warning("token_refused", client=client.id, peer=peer, cause="scope not allowed")
             return refusal(400, "invalid_scope", "the scope is not allowed for this client")
         scope = " ".join(dict.fromkeys(wanted))
-        self.issued += 1
         return Answer(
             200,
             {
@@ -231,6 +238,8 @@ class TokenAuthority:
 
     def _issue(self, client: Client, scope: str) -> str:
         now = int(self._wall())
+        # Times are whole seconds: what is issued after a revocation is told apart from what it ended.
+        issued = max(now, self._ledger.barred_until(client.id) + 1)
         return jwt.encode(
             {
                 "iss": self.issuer,
@@ -239,7 +248,7 @@ class TokenAuthority:
                 "aud": ["clawker"],
                 "scope": scope,
                 "jti": str(uuid.uuid4()),
-                "iat": now,
+                "iat": issued,
                 "exp": now + TOKEN_LIFE_S,
             },
             self._key,
