@@ -81,7 +81,11 @@ class ContainerEnforcement(Protocol[C_contra]):
         ...
 
     async def admit(self, agent: EnrolledAgent, container: C_contra) -> None:
-        """Write the row and let its frames pass; returns when both hold."""
+        """Write the row; returns when it holds."""
+        ...
+
+    async def open(self, container: C_contra) -> None:
+        """Let the container's frames pass; from here on it has a network."""
         ...
 
     async def holds(self, agent: EnrolledAgent, container: C_contra) -> bool:
@@ -230,6 +234,8 @@ class ContainerLives(Generic[C]):
 
     async def _follow(self, container: C) -> None:
         known = self._roster.by_id(container.id)
+        if known is not None and container.cgroup_path is None:
+            return  # it is about to end: its death is told next, and withdraws what it has
         cgroup_id = await self._enforcement.attach(container)
         if known is not None and known.cgroup_id != cgroup_id:
             # It was started again: what its former cgroup had goes, the new one has nothing yet.
@@ -258,11 +264,12 @@ class ContainerLives(Generic[C]):
             await self._enforcement.admit(agent, container)
             self._roster.put(agent)
             self._containers[container.id] = container
-            log.info("enrolled", id=agent.id, agent=key, policy=agent.policy, address=agent.address)
 
         # Among the policy changes, so that none of them passes between the number and the row.
         await self._policy.perform(enrol)
+        await self._enforcement.open(container)
         self._failed.pop(container.id, None)
+        log.info("enrolled", id=container.id, agent=key, address=container.address)
 
     def _check(self, container: C) -> None:
         names = [name for name in (container.project, container.agent) if name]

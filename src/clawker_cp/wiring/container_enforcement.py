@@ -109,9 +109,14 @@ class ContainerEnforcement:
 
     async def admit(self, agent: EnrolledAgent, container: AgentContainer) -> None:
         """
-        Write the row, then let the container's frames pass.
+        Write the row, and what the ring admits of its policy.
         """
         await self._enforcement.enroll(agent, container)
+
+    async def open(self, container: AgentContainer) -> None:
+        """
+        Let the container's frames pass.
+        """
         await self._pin(container)
 
     async def admit_neighbour(self, container: AgentContainer) -> None:

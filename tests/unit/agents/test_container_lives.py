@@ -66,6 +66,7 @@ class Kernel:
         self.attached: set[int] = set()
         self.rows: dict[int, EnrolledAgent] = {}
         self.alive: set[int] = set()
+        self.opened: set[str] = set()
         self.died = asyncio.Event()
         self.told: list[str] = []
         self.refuse = False
@@ -84,8 +85,12 @@ class Kernel:
         self.rows[agent.cgroup_id] = agent
         self.told.append(f"admit {agent.cgroup_id}")
 
+    async def open(self, container: Container) -> None:
+        assert container.cgroup_path is not None and self.ids[container.cgroup_path] in self.rows
+        self.opened.add(container.id)
+
     async def holds(self, agent: EnrolledAgent, container: Container) -> bool:
-        return agent.cgroup_id in self.rows
+        return agent.cgroup_id in self.rows and container.id in self.opened
 
     async def wait_dead(self, cgroup_id: int) -> None:
         while cgroup_id in self.alive:
@@ -94,6 +99,7 @@ class Kernel:
     async def withdraw(self, agent: EnrolledAgent) -> None:
         self.rows.pop(agent.cgroup_id, None)
         self.attached.discard(agent.cgroup_id)
+        self.opened.discard(agent.id)
         self.told.append(f"withdraw {agent.cgroup_id}")
 
 
