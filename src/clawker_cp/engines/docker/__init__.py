@@ -1,0 +1,3 @@
+"""
+The Docker engine: agents are containers of a daemon on this host.
+"""
