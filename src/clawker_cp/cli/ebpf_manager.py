@@ -41,7 +41,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
 def status(pins: Pins, /, *, as_json: bool) -> None:
     """
-    Generation, switches, and how many rows each map holds.
+    Generation, switches, links to the agents' parent, cgroups attached by themselves, rows of each map.
     """
     show([pins.status()], as_json=as_json)
 
@@ -51,9 +51,10 @@ def status(pins: Pins, /, *, as_json: bool) -> None:
 @click.pass_obj
 def dump_containers(pins: Pins, /, *, as_json: bool) -> None:
     """
-    Every enrolled agent: cgroup id, policy, flags, seconds of bypass left.
+    Every enrolled agent: cgroup id, policy, flags, seconds of bypass left, links of its own; then cgroups
+    with links of their own that nobody enrolled.
     """
-    show(pins.containers(), as_json=as_json)
+    show(pins.containers() + pins.not_enrolled(), as_json=as_json)
 
 
 @cli.command("dump-routes")

@@ -17,6 +17,7 @@ from typing import Any
 
 from clawker_cp import accel
 from clawker_cp._fast import bpfmap
+from clawker_cp.ebpf.attachments import CGROUP
 from clawker_cp.ebpf.config import AgentConfig, unmapped
 from clawker_cp.errors import InvalidInput, NotFound, Unavailable
 
@@ -77,21 +78,37 @@ class Pins:
 
     def status(self) -> dict[str, Any]:
         """
-        Generation, switches, links, and how many rows each map holds.
+        Generation, switches, links to the agents' parent, cgroups with links of their own, and how many rows
+        each map holds.
         """
         control = self.rows("control")
         row: dict[str, Any] = dict(bpfmap.unpack_control(control[0][1])) if control else {}
         links = self.directory / LINKS
-        row["links"] = len(list(links.iterdir())) if links.exists() else 0
+        row["links"] = sum(not path.is_dir() for path in links.iterdir()) if links.exists() else 0
+        row["attached"] = len(self.attached())
         for name in ("container_map", "route_map", "cidr_map", "dns_cache", "reserved_map"):
             row[name] = len(self.rows(name))
         return row
 
+    def attached(self) -> dict[int, tuple[int, str]]:
+        """
+        The cgroups that have links of their own, by id: how many links, and the path they were attached by.
+        """
+        links = self.directory / LINKS
+        found = {}
+        for directory in links.iterdir() if links.exists() else ():
+            if directory.name.isdecimal():
+                names = [path.name for path in directory.iterdir()]
+                path = str((directory / CGROUP).readlink()) if CGROUP in names else ""
+                found[int(directory.name)] = (len(names) - (CGROUP in names), path)
+        return found
+
     def containers(self) -> list[dict[str, Any]]:
         """
-        Every enrolled agent.
+        Every enrolled agent; `own_links` counts the links to its own cgroup, 0 where its parent's judge it.
         """
         rows = []
+        attached = self.attached()
         for key, value in self.rows("container_map"):
             config = AgentConfig.unpack(value)
             left = max(0.0, (config.bypass_until_ns - time.monotonic_ns()) / 1e9)
@@ -103,9 +120,21 @@ class Pins:
                     "quarantined": config.quarantined,
                     "learn": config.learn,
                     "bypass_s": round(left, 3),
+                    "own_links": attached.get(int.from_bytes(key, "little"), (0, ""))[0],
                 }
             )
         return rows
+
+    def not_enrolled(self) -> list[dict[str, Any]]:
+        """
+        Cgroups with links of their own and no row: denied everything, or dead with a socket left.
+        """
+        enrolled = {int.from_bytes(key, "little") for key, _value in self.rows("container_map")}
+        return [
+            {"cgroup_id": cgroup_id, "enrolled": False, "own_links": links, "path": path}
+            for cgroup_id, (links, path) in sorted(self.attached().items())
+            if cgroup_id not in enrolled
+        ]
 
     def routes(self) -> list[dict[str, Any]]:
         """

@@ -72,10 +72,34 @@ def test_status_counts_what_is_pinned(pins: tuple[Path, int]) -> None:
     directory, _cgroup_id = pins
     row = json.loads(run(directory, "status", "--json"))[0]
 
-    assert row["links"] == 12
+    assert (row["links"], row["attached"]) == (12, 0)
     assert row["container_map"] == 1
     assert run(directory, "dump-routes") == ""
     assert run(directory, "dump-dns") == ""
+
+
+def test_containers_outside_the_parent_are_shown(pins: tuple[Path, int]) -> None:
+    """One that is attached by itself is counted apart, and listed whether it is enrolled or not."""
+    directory, agent = pins
+    parent = next(one for one in find_cgroup2().rglob("agent") if one.stat().st_ino == agent).parent
+    boxes = [find_cgroup2() / f"{parent.name}-{name}" for name in ("one", "two")]
+    manager = Manager(directory)
+    try:
+        manager.load(parent)
+        for box in boxes:
+            box.mkdir()
+        one, two = (manager.attach(box) for box in boxes)
+        manager.enroll(one, AgentConfig(4, GATE, GATE, GATE, GATE))
+        status = asked(directory, "status")[0]
+        rows = {row["cgroup_id"]: row for row in asked(directory, "dump-containers")}
+    finally:
+        for box in boxes:
+            box.rmdir()
+        manager.close()
+
+    assert (status["links"], status["attached"]) == (12, 2)
+    assert (rows[agent]["own_links"], rows[one]["own_links"], rows[one]["policy"]) == (0, 12, 4)
+    assert rows[two] == {"cgroup_id": two, "enrolled": False, "own_links": 12, "path": str(boxes[1])}
 
 
 def test_nothing_pinned_is_said_with_a_hint(tmp_path: Path) -> None:
