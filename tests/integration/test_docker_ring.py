@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 import struct
@@ -87,7 +88,11 @@ class Box:
 
 def connected(address: str, port: int, source_port: int = 0) -> str:
     try:
-        with socket.create_connection((address, port), PATIENCE_S, ("", source_port)) as made:
+        with socket.socket() as made:
+            made.settimeout(PATIENCE_S)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(("", source_port))
+            made.connect((address, port))
             made.sendall(b"x")
             return made.recv(100).decode().strip()
     except OSError as error:
@@ -325,6 +330,7 @@ def forgeries(box: Box, victim: Box, gateway_mac: str) -> dict[str, bytes]:
         "tagged arp of the gateway": frame(mac, 0x8100, tag(0x0806, arp(mac, GATEWAY, victim.address)),
                                            target=everyone),
         "lldp": frame(mac, 0x88CC, bytes(50), target="01:80:c2:00:00:0e"),
+        "another's lldp": frame(theirs, 0x88CC, bytes(50), target="01:80:c2:00:00:0e"),
         "spanning tree": frame(mac, 0x0026, bytes(38), target="01:80:c2:00:00:00"),
         "mpls": frame(mac, 0x8847, bytes(50), target=gateway_mac),
         "own experiment": frame(mac, 0x88B5, bytes(50), target=theirs),
@@ -351,7 +357,7 @@ async def test_forged_frames_of_an_agent_end_at_its_port(contained: Yard) -> Non
             honest,
             to_host,
         }
-    await eventually(lambda: len(contained.events) >= len(forged) - 2, f"the records: {len(contained.events)}")
+    await eventually(lambda: len(contained.events) >= len(forged) - 3, f"the records: {len(contained.events)}")
     assert {event.sandbox_id for event in contained.events} == {box.address}
     assert {event.reason for event in contained.events} >= {"malformed", "ipv6_unrouted", "protocol"}
     # No bridge table entry moved to the forger's port either, also by frames the bridge takes for itself.
@@ -378,7 +384,13 @@ async def test_agents_reach_ours_by_exact_tuples_only(contained: Yard) -> None:
         box.sh("ip", "neigh", "replace", MONITOR, "lladdr", monitor.mac, "dev", "eth0")
         known = [box.connect(address, 10000) for address in (sibling.address, monitor.address)]
         box.sh("ip", "neigh", "replace", sibling.address, "lladdr", host_mac(contained), "dev", "eth0")
-        routed = box.connect(sibling.address, 10000)
+        with listening(sibling.raw) as (inner,):
+            routed = box.connect(sibling.address, 10000)
+            with udp_socket(contained.host.netns, GATEWAY, 0) as fence:
+                fence.sendto(b"end", (sibling.address, 9))
+            arrived: list[bytes] = []
+            until(functools.partial(came_through, inner, arrived), "the host's frame")
+        assert not any(octets[26:30] == socket.inet_aton(box.address) for octets in arrived)
 
         assert answers == dict.fromkeys(allowed, box.address) | dict.fromkeys(closed, "TimeoutError")
         assert set(others) <= {"TimeoutError", "OSError"}
@@ -389,6 +401,24 @@ async def test_agents_reach_ours_by_exact_tuples_only(contained: Yard) -> None:
     refused = await eventually(lambda: [e for e in contained.events if e.destination_port == 7443], "the record")
     assert (refused[0].reason, refused[0].sandbox_id) == ("no_route", box.address)
     await eventually(lambda: [e for e in contained.events if e.destination == sibling.address], "the sibling's record")
+
+
+async def test_wrong_table_of_the_bridge_hands_nothing_to_another_port(contained: Yard) -> None:
+    """What is for one agent reaches no other, even if the bridge believes that it lives behind the other's port."""
+    ours, victim, thief = await contained.ours(202), await contained.agent(5), await contained.agent(6)
+    contained.sh("bridge", "fdb", "replace", victim.mac, "dev", thief.interface, "master", "static")
+    for_victim = frame(ours.mac, 0x0800, tcp_segment(CP, victim.address, 40000, 7700, 2), target=victim.mac)
+    fence = frame(ours.mac, 0x0800, tcp_segment(CP, thief.address, 40000, 7700, 2), target=thief.mac)
+    contained.sh("ip", "neigh", "replace", victim.address, "lladdr", victim.mac, "dev", BRIDGE)
+    with listening(ours.raw, thief.raw) as (out, inner), udp_socket(contained.host.netns, GATEWAY, 0) as host:
+        host.sendto(b"for the victim", (victim.address, 9))
+        out.send(for_victim)
+        out.send(fence)
+        seen: list[bytes] = []
+        until(lambda: seen.extend(received(inner)) or fence in seen, "the fence")
+
+        assert for_victim not in seen
+        assert not any(b"for the victim" in octets for octets in seen)
 
 
 async def test_udp_tuples_and_answers(contained: Yard) -> None:
@@ -432,12 +462,15 @@ async def test_control_plane_dials_the_agents_daemon_and_nobody_else_comes_in(co
             dialled = ours.connect(box.address, 7700)
             others = [ours.connect(box.address, 8080), monitor.connect(box.address, 7700)]
             siblings = sibling.connect(box.address, 7700)
+            began = ours.connect(box.address, 7700, 40000)
+        with tcp_server("0.0.0.0", 40000, ours.netns):
+            turned = box.connect(CP, 40000, 7700)
         late = box.connect(CP, 8080, 7700)
 
     assert dialled == CP
     assert others == ["TimeoutError"] * 2
     assert siblings in {"TimeoutError", "OSError"}
-    assert (early, late) == ("TimeoutError", "TimeoutError")
+    assert (early, began, turned, late) == ("TimeoutError", CP, "TimeoutError", "TimeoutError")
 
 
 async def test_answer_nobody_asked_for_does_not_pass(contained: Yard) -> None:
@@ -467,7 +500,7 @@ def tcp_segment(source: str, destination: str, port: int, to_port: int, flags: i
 @pytest.mark.parametrize("closed", [False, True], ids=["by-default", "by-name"])
 async def test_port_without_a_pin_reaches_nothing_pinned(contained: Yard, closed: bool) -> None:  # noqa: FBT001
     """Before enrolment no frame of any kind reaches an agent, us or the host's stack, whatever it claims."""
-    ours, agent = await contained.ours(202), await contained.agent(6)
+    ours, agent, quiet = await contained.ours(202), await contained.agent(6), await contained.agent(7)
     box = await contained.known(5)
     if closed:
         assert await contained.ring.close_unpinned() == {box.interface}
@@ -484,6 +517,8 @@ async def test_port_without_a_pin_reaches_nothing_pinned(contained: Yard, closed
     forged["tagged arp as the agent"] = frame(
         box.mac, 0x8100, tag(0x0806, arp(box.mac, agent.address, GATEWAY, 1)), target="ff:ff:ff:ff:ff:ff"
     )
+    forged["as the quiet one"] = frame(quiet.mac, 0x88B5, bytes(50), target="ff:ff:ff:ff:ff:ff")
+    forged["as the quiet one to the bridge"] = frame(quiet.mac, 0x88CC, bytes(50), target="01:80:c2:00:00:0e")
     fence = frame(agent.mac, 0x0800, udp(agent.address, CP), target=ours.mac)
     with (
         listening(box.raw, agent.raw, ours.raw, agent.raw) as (out, victim, inner, honest),
@@ -509,23 +544,23 @@ async def test_port_without_a_pin_reaches_nothing_pinned(contained: Yard, closed
     neighbours = contained.sh("ip", "neigh", "show", "dev", BRIDGE)
     assert box.mac not in neighbours
     learned = contained.sh("bridge", "fdb", "show", "dev", box.interface)
-    assert agent.mac not in learned
-    assert ours.mac not in learned
+    assert box.mac in learned or closed
+    assert quiet.mac not in learned
     told = await eventually(lambda: [e for e in contained.events if e.reason == "not_enrolled"], "the records")
     assert box.address in {event.sandbox_id for event in told}
 
 
 async def test_two_ports_without_pins_are_closed_once_they_are_named(contained: Yard) -> None:
-    """Between two unpinned ports only frames without our addresses pass, and none once the watch has seen them."""
+    """Between two unpinned ports frames without our addresses pass, and none in or out of one the watch has seen."""
     one, two = await contained.known(5), await contained.known(6)
-    fence = frame(one.mac, 0x88B5, b"f" * 50, target=two.mac)
+    there, back = (frame(a.mac, 0x88B5, bytes(50), target=b.mac) for a, b in ((one, two), (two, one)))
     claimed = frame(one.mac, 0x0800, udp(one.address, two.address), target=two.mac)
     who_has = frame(one.mac, 0x0806, arp(one.mac, one.address, two.address, 1), target="ff:ff:ff:ff:ff:ff")
-    with listening(one.raw, two.raw) as (out, other):
-        for octets in (claimed, who_has, fence):
-            out.send(octets)
+    with listening(one.raw, two.raw) as (first, second):
+        for octets in (claimed, who_has, there):
+            first.send(octets)
         seen: list[bytes] = []
-        until(lambda: seen.extend(received(other)) or fence in seen, "the frame of the window")
+        until(lambda: seen.extend(received(second)) or there in seen, "the frame of the window")
         assert {claimed, who_has}.isdisjoint(seen)
 
         watch = PortWatch(BRIDGE, host_pid=contained.host.pid)
@@ -536,19 +571,51 @@ async def test_two_ports_without_pins_are_closed_once_they_are_named(contained: 
             late = contained.box(7)
             async with asyncio.timeout(10):
                 await watch.wait_changed()
-            assert len(await contained.ring.close_unpinned()) == 3
         finally:
             watch.close()
-        out.send(fence)
+        # One is named, the other is not yet: neither way is open.
         with listening(late.raw) as (third,):
-            third.send(frame(late.mac, 0x88B5, b"l" * 50, target=two.mac))
-        # The host still reaches the port by frames of its own: they come after what was sent before.
-        contained.sh("ip", "neigh", "replace", two.address, "lladdr", two.mac, "dev", BRIDGE)
-        with udp_socket(contained.host.netns, GATEWAY, 0) as mine:
-            mine.sendto(b"end", (two.address, 9))
-        later: list[bytes] = []
-        until(lambda: later.extend(received(other)) or any(b"end" in octets for octets in later), "the host's frame")
-        assert not any(octets[12:14] == b"\x88\xb5" for octets in later)
+            third.send(frame(late.mac, 0x88B5, bytes(50), target=two.mac))
+            second.send(frame(two.mac, 0x88B5, bytes(50), target=late.mac))
+            first.send(there)
+            second.send(back)
+            with udp_socket(contained.host.netns, GATEWAY, 0) as mine:
+                for box, packets in ((one, first), (two, second), (late, third)):
+                    # What the host itself sends to a port comes after what was sent there before.
+                    contained.sh("ip", "neigh", "replace", box.address, "lladdr", box.mac, "dev", BRIDGE)
+                    mine.sendto(b"end", (box.address, 9))
+                    arrived: list[bytes] = []
+                    until(functools.partial(came_through, packets, arrived), "the host's frame")
+                    assert not any(octets[12:14] == b"\x88\xb5" for octets in arrived)
+        assert len(await contained.ring.close_unpinned()) == 3
+
+
+def came_through(packets: socket.socket, arrived: list[bytes]) -> bool:
+    arrived.extend(received(packets))
+    return any(b"end" in octets for octets in arrived)
+
+
+async def test_stranger_is_not_taken_for_an_agent_behind_the_bridge(hosted: Yard) -> None:
+    """The gate gets no datagram that an unpinned port sends as an agent, however tagged; the agent's own comes."""
+    agent, stranger = await hosted.agent(6), await hosted.known(5)
+    as_agent = udp(agent.address, GATEWAY)
+    everyone, gateway = "ff:ff:ff:ff:ff:ff", host_mac(hosted)
+    with (
+        listening(stranger.raw, agent.raw) as (out, honest),
+        listening(lambda: udp_socket(hosted.host.netns, GATEWAY, 53)) as (gate,),
+    ):
+        for target in (everyone, gateway):
+            for mac in (stranger.mac, agent.mac):
+                out.send(frame(mac, 0x0800, as_agent, target=target))
+                out.send(frame(mac, 0x8100, tag(0x0800, as_agent), target=target))
+                out.send(frame(mac, 0x8100, tag(0x8100, tag(0x0800, as_agent)), target=target))
+        before = attempt(gate)
+        honest.send(frame(agent.mac, 0x0800, as_agent, target=gateway))
+        data, peer = until(lambda: attempt(gate), "the agent's datagram")
+
+        assert before is None
+        assert (data, peer[0]) == (b"mark", agent.address)
+        assert attempt(gate) is None
 
 
 async def test_gateway_tuples_when_the_control_plane_is_on_the_host(hosted: Yard) -> None:

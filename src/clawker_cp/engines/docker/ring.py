@@ -72,6 +72,7 @@ class DockerRing(DirectPaths):
             pinned = {item.pin.interface: item for item in wanted}
             script = self._made.script() + "".join(self._made.give(item.pin, item.infrastructure) for item in wanted)
             script += self._made.close(await self._ports() - pinned.keys())
+            await self._settle_bridge()
             try:
                 await self._nft(script + await self._stale(living))
             except Unavailable as error:
@@ -183,6 +184,15 @@ class DockerRing(DirectPaths):
         kept = {pin.address for pin in living if (pin.interface, pin.mac.lower(), pin.address) in known}
         text = self._delete("direct", [item for item in direct if source_of(item) not in kept])
         return text + "".join(self._end(address) for address in {source_of(item) for item in everywhere} - kept)
+
+    async def _settle_bridge(self) -> None:
+        # Frames that a bridge takes for itself (LLDP) pass none of its hooks, and it learns from them: a port
+        # could draw another's traffic. The pins keep that traffic from it, this keeps it coming to its owner.
+        option = ("type", "bridge", "no_linklocal_learn", "1")
+        try:
+            await run(*self._where, "ip", "link", "set", "dev", self._bridge, *option)
+        except Unavailable as error:
+            log.warning("engines_ring_bridge_learns", bridge=self._bridge, error=str(error))
 
     async def _ports(self) -> set[str]:
         where = in_host(self._host_pid)

@@ -128,6 +128,7 @@ class Rules:
             f"{frames} stranger": "",
             f"{frames} frames": "{ type filter hook prerouting priority -300; policy accept; }",
             f"{frames} link_local": "{ type filter hook input priority -300; policy accept; }",
+            f"{frames} host": "{ type filter hook output priority -300; policy accept; }",
             f"{frames} between": "{ type filter hook forward priority -300; policy accept; }",
             f"{inet} refuse": "",
             f"{inet} stranger": "",
@@ -210,10 +211,17 @@ table {self.frames} {{
   }}
   chain to_agent {{
     ether type arp accept
+    # The bridge's table may be wrong about a port, the pins are not.
+    oifname . ether daddr . ip daddr != @agent_pins counter drop
     {fragments} counter drop
     {self._lines("ip saddr {address} {l4} sport {{ {ports} }} {no_start} accept", local=False)}
     ip saddr {net.cp} tcp dport {AGENT_DAEMON_PORT} update @began {{ {flow} }} accept
     counter drop
+  }}
+  chain host {{
+    oifname @agent_ports ether type ip oifname . ether daddr . ip daddr != @agent_pins counter drop
+    oifname @infrastructure_ports ether type ip oifname . ether daddr . ip daddr != @infrastructure_pins counter drop
+    oifname != @agent_ports oifname != @infrastructure_ports ether daddr @macs counter drop
   }}
   chain between {{
     iifname @agent_ports oifname @infrastructure_ports jump to_infrastructure
