@@ -126,7 +126,7 @@ def _alternatives(archive: tarfile.TarFile, seen: set[str]) -> None:
             archive.add(link, str(link)[1:], recursive=False)
             for place in ("/usr/bin", "/usr/sbin"):
                 user = Path(place, link.name)
-                if user.is_symlink() and os.readlink(user) == str(link) and str(user) not in seen:
+                if user.is_symlink() and str(user.readlink()) == str(link) and str(user) not in seen:
                     archive.add(user, str(user)[1:], recursive=False)
 
 

@@ -11,7 +11,7 @@ import asyncio
 import fcntl
 import http.client
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,9 @@ import orjson
 
 from clawker_cp.config import Directories, Settings
 from clawker_cp.engines.base import AgentNetwork
-from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, NotFound, Unavailable, Unsupported
+from clawker_cp.engines.docker.network import read_plan
+from clawker_cp.engines.docker_client import endpoint_from, socket_path
+from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput, NotFound, Unavailable, Unsupported
 from clawker_cp.pki.tree import AuthTree
 from clawker_cp.wiring.host_files import PID_FILE, RUN_DIRECTORY
 from clawker_cp.wiring.own_container import (
@@ -32,12 +34,11 @@ from clawker_cp.wiring.own_container import (
     Wanted,
     create_body,
     decide,
-    docker_socket,
     identity_labels,
     is_running,
     last_word,
     refuse_foreign,
-    static_address,
+    without_bpf_capability,
 )
 
 PREVIOUS = f"{NAME}.previous"
@@ -50,18 +51,16 @@ LOG_LINES = 40
 class Docker(Protocol):
     """What is asked of the engine (`engines.docker_client.DockerClient`); errors are ours."""
 
-    async def inspect(self, container: str) -> dict[str, Any]: ...
+    async def inspect(self, reference: str) -> dict[str, Any]: ...
     async def image_inspect(self, image: str) -> dict[str, Any]: ...
-    async def inspect_network(self, network: str) -> dict[str, Any]: ...
-    async def list_containers(
-        self, *, filters: Mapping[str, Sequence[str]] | None = None, all: bool = False
-    ) -> list[dict[str, Any]]: ...
-    async def create(self, name: str, body: Mapping[str, Any]) -> str: ...
-    async def start(self, container: str) -> None: ...
-    async def stop(self, container: str, *, timeout_s: float) -> None: ...
-    async def rename(self, container: str, name: str) -> None: ...
-    async def remove(self, container: str, *, force: bool = False) -> None: ...
-    async def logs(self, container: str, *, tail: int) -> str: ...
+    async def inspect_network(self, reference: str) -> dict[str, Any]: ...
+    async def list_containers(self, *, labels: Mapping[str, str] | None = None) -> list[dict[str, Any]]: ...
+    async def create(self, name: str, config: Mapping[str, Any]) -> str: ...
+    async def start(self, reference: str) -> None: ...
+    async def stop(self, reference: str, *, grace_s: int = 10) -> None: ...
+    async def rename(self, reference: str, name: str) -> None: ...
+    async def remove(self, reference: str, *, force: bool = False) -> None: ...
+    async def logs(self, reference: str, *, lines: int = 100) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +143,13 @@ class ContainerLife:
                 hint="stop them first. The kernel would go on enforcing without a control plane, and deny them "
                 "every name and every proxied connection",
             )
-        await self._docker.stop(NAME, timeout_s=STOP_S)
+        await self._docker.stop(NAME, grace_s=STOP_S)
         await self._docker.remove(NAME)
         return Outcome("removed", container_id=str(existing["Id"]))
 
     async def agents(self) -> list[str]:
         """Names of the agents' containers that run or are paused."""
-        filters = {"label": [f"{MANAGED}=true", f"{PURPOSE}=agent"], "status": ["running", "paused", "restarting"]}
-        found = await self._docker.list_containers(filters=filters)
+        found = await self._docker.list_containers(labels={MANAGED: "true", PURPOSE: "agent"})
         return sorted(str((one.get("Names") or [one["Id"][:12]])[0]).lstrip("/") for one in found)
 
     async def state(self) -> dict[str, Any] | None:
@@ -174,7 +172,7 @@ class ContainerLife:
     async def last_word(self) -> str:
         """What the server said last, in one line."""
         try:
-            return last_word(await self._docker.logs(NAME, tail=LOG_LINES))
+            return last_word((await self._docker.logs(NAME, lines=LOG_LINES)).decode("utf-8", "replace"))
         except ClawkerError:
             return ""
 
@@ -208,14 +206,14 @@ class ContainerLife:
         return await self._find(NAME)
 
     async def _body(self, image: str, image_id: str, existing: Mapping[str, Any] | None) -> dict[str, Any]:
-        socket = docker_socket(self._environ)
+        socket = socket_path(endpoint_from(self._environ))
         tree = AuthTree(self._directories.data / "auth")
         await asyncio.to_thread(self._prepare, tree)
         network = await self._ensure_network()
         record = await self._docker.inspect_network(network.id)
-        configured = any(one.get("IPRange") for one in (record.get("IPAM") or {}).get("Config") or ())
-        octet = self._settings.network.octets.cp
-        address = static_address(network.subnet, network.gateway, octet, configured=configured)
+        # The engine takes a static address only on a network made with a subnet, as ours is (R2).
+        ranged = any(one.get("IPRange") for one in (record.get("IPAM") or {}).get("Config") or ())
+        address = str(read_plan(record).static(self._settings.network.octets.cp)) if ranged else ""
         labels = identity_labels(existing, image_id, self._environ)
         wanted = Wanted(image, image_id, address, socket, self._environ, labels)
         return create_body(self._settings, self._directories, tree, wanted)
@@ -230,7 +228,12 @@ class ContainerLife:
 
     async def _make(self, body: Mapping[str, Any], limit_s: float) -> None:
         """Create and start; one that does not get healthy is removed again, its last word is in the error."""
-        await self._docker.create(NAME, body)
+        try:
+            await self._docker.create(NAME, body)
+        except InvalidInput as error:
+            if "CAP_BPF" not in error.message:
+                raise
+            await self._docker.create(NAME, without_bpf_capability(body))
         try:
             await self._docker.start(NAME)
             await self._wait_healthy(limit_s)
@@ -247,7 +250,7 @@ class ContainerLife:
         one adopts them: what is denied stays denied. Names and proxied connections wait for the new server.
         """
         ran = is_running(existing)
-        await self._docker.stop(NAME, timeout_s=STOP_S)
+        await self._docker.stop(NAME, grace_s=STOP_S)
         await self._docker.rename(NAME, PREVIOUS)
         try:
             await self._make(body, limit_s)
@@ -257,7 +260,8 @@ class ContainerLife:
                 if ran:
                     await self._docker.start(NAME)
             if isinstance(error, ClawkerError):
-                error.hint = f"the previous container {'runs again' if ran else 'is kept'}; {error.hint or ''}".rstrip("; ")
+                kept = f"the previous container {'runs again' if ran else 'is kept'}"
+                error.hint = f"{kept}; {error.hint}" if error.hint else kept
             raise
         await self._docker.remove(PREVIOUS, force=True)
 
@@ -268,9 +272,8 @@ class ContainerLife:
         while time.monotonic() < until:
             record = await self._docker.inspect(NAME)
             if not is_running(record) or record.get("RestartCount"):
-                code = record["State"].get("ExitCode", 0)
                 raise Unavailable(
-                    f"{NAME} ended with exit code {code}: {await self.last_word() or 'it said nothing'}",
+                    f"{NAME} ended before it was healthy: {await self.last_word() or 'it said nothing'}",
                     hint=f"its whole log: {self._directories.logs / 'clawker-controlplane.log'}",
                 )
             healthy, said = await asyncio.to_thread(ask_health, port)

@@ -8,7 +8,6 @@ asks or changes anything. `container_life.py` acts on it.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import orjson
 
 from clawker_cp.config import OVERRIDE_PREFIX, Directories, Settings
-from clawker_cp.errors import Conflict, InvalidInput
+from clawker_cp.errors import Conflict
 from clawker_cp.pki.tree import AGENTS_CA, CA, CP_CLIENT, INFRA_CA, SERVER, SIGNING_JWK, AuthTree
 
 NAME = "clawker-controlplane"
@@ -65,33 +64,6 @@ class Wanted:
     socket: str
     environ: Mapping[str, str]
     labels: Mapping[str, str]
-
-
-def docker_socket(environ: Mapping[str, str]) -> str:
-    """
-    The path of the engine's socket. Raises `InvalidInput` for an endpoint that is no absolute unix:// path (1.4).
-    """
-    endpoint = environ.get("DOCKER_HOST") or f"unix://{DOCKER_SOCKET}"
-    scheme, _, path = endpoint.partition("://")
-    if scheme != "unix" or not Path(path).is_absolute():
-        raise InvalidInput(f"DOCKER_HOST: {endpoint} is not an absolute unix:// path", hint="the engine of this host")
-    return path
-
-
-def static_address(subnet: str, gateway: str, octet: int, *, configured: bool) -> str:
-    """
-    The network's gateway with the last octet changed (1.3); "" where the engine refuses static addresses (R2).
-
-    Raises `InvalidInput` for an address outside the subnet, or one that is the gateway itself.
-    """
-    try:
-        network, first = ipaddress.IPv4Network(subnet), ipaddress.IPv4Address(gateway)
-    except ValueError as error:
-        raise InvalidInput(f"{NETWORK}: needs an IPv4 subnet with a gateway: {error}") from error
-    address = ipaddress.IPv4Address(int(first) & ~0xFF | octet)
-    if address not in network or address in (first, network.network_address, network.broadcast_address):
-        raise InvalidInput(f"network.octets.cp: {address} cannot be given out in {network}")
-    return str(address) if configured else ""
 
 
 def identity_labels(
@@ -214,6 +186,14 @@ def create_body(settings: Settings, directories: Directories, tree: AuthTree, wa
     }
     body["Labels"][SPEC] = _digest(body, wanted.image_id, tree)
     return body
+
+
+def without_bpf_capability(body: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The same for an engine that does not know the capability BPF yet; SYS_ADMIN includes what it allows.
+    """
+    host = body["HostConfig"]
+    return {**body, "HostConfig": {**host, "CapAdd": [name for name in host["CapAdd"] if name != "BPF"]}}
 
 
 def _digest(body: Mapping[str, Any], image_id: str, tree: AuthTree) -> str:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from clawker_cp.config import CliPorts, CliSettings, Directories, Settings
-from clawker_cp.errors import Conflict, InvalidInput
+from clawker_cp.errors import Conflict
 from clawker_cp.pki.tree import CA, CLI_CLIENT, SIGNING_KEY, AuthTree
 from clawker_cp.wiring.own_container import (
     BINARY,
@@ -21,12 +21,10 @@ from clawker_cp.wiring.own_container import (
     Wanted,
     create_body,
     decide,
-    docker_socket,
     identity_labels,
     is_running,
     last_word,
     published,
-    static_address,
 )
 
 IMAGE_ID = f"sha256:{'a1' * 32}"
@@ -67,7 +65,7 @@ def test_nothing_secret_of_the_operator_is_mounted(body: dict[str, Any], tree: A
 
 
 def test_mounts_are_those_of_the_contract(body: dict[str, Any], directories: Directories) -> None:
-    """Writable are logs, pins, the firewall's and the server's files; everything else is read-only; all of it exists."""
+    """Writable are logs, pins, the firewall's and the server's files; everything else is read-only."""
     mounts = {mount["Target"]: mount for mount in body["HostConfig"]["Mounts"]}
     writable = {target: mount["Source"] for target, mount in mounts.items() if not mount["ReadOnly"]}
     assert writable == {
@@ -216,46 +214,6 @@ def test_the_pins_label_is_kept() -> None:
     assert identity_labels(existing, IMAGE_ID, {})[BPFFS] == "/elsewhere"
     assert identity_labels(existing, IMAGE_ID, {"CLAWKER_HOST_BPFFS_SOURCE": "/told"})[BPFFS] == "/told"
     assert identity_labels(None, IMAGE_ID, {})[BPFFS] == "/sys/fs/bpf"
-
-
-@pytest.mark.parametrize(
-    ("subnet", "gateway", "octet", "configured", "expected"),
-    [
-        ("10.231.96.0/20", "10.231.96.1", 202, True, "10.231.96.202"),
-        ("10.231.96.0/20", "10.231.99.1", 202, True, "10.231.99.202"),
-        ("10.231.96.0/20", "10.231.96.1", 202, False, ""),
-    ],
-)
-def test_the_address_is_the_gateways_with_another_octet(
-    subnet: str, gateway: str, octet: int, configured: bool, expected: str
-) -> None:
-    """None where the engine takes no static address (R2)."""
-    assert static_address(subnet, gateway, octet, configured=configured) == expected
-
-
-@pytest.mark.parametrize(
-    ("subnet", "gateway", "octet"),
-    [
-        ("10.231.96.0/26", "10.231.96.1", 202),
-        ("10.231.96.0/24", "10.231.96.202", 202),
-        ("2001:db8::/64", "2001:db8::1", 202),
-        ("10.231.96.0/24", "", 202),
-    ],
-    ids=["outside", "the gateway's", "IPv6 only", "no gateway"],
-)
-def test_an_address_that_cannot_be_is_an_error(subnet: str, gateway: str, octet: int) -> None:
-    """It names the network or the setting."""
-    with pytest.raises(InvalidInput, match="clawker-net|network.octets.cp"):
-        static_address(subnet, gateway, octet, configured=True)
-
-
-@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:2375", "unix://relative.sock", "/var/run/docker.sock"])
-def test_the_engine_is_this_hosts(endpoint: str) -> None:
-    """Only an absolute unix:// path is one."""
-    assert docker_socket({}) == "/var/run/docker.sock"
-    assert docker_socket({"DOCKER_HOST": "unix:///run/d.sock"}) == "/run/d.sock"
-    with pytest.raises(InvalidInput, match="DOCKER_HOST"):
-        docker_socket({"DOCKER_HOST": endpoint})
 
 
 @pytest.mark.parametrize(
