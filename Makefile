@@ -16,7 +16,7 @@ TAGS_kratos := sqlite,json1
 PYTHONS := src tests benchmarks tools setup.py
 REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
-.PHONY: help run test test-fast dev build bench peers lint types fmt ci doctor system clean
+.PHONY: help run test test-fast dev build bench peers image lint types fmt ci doctor system clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ $(PEERS_BIN)/%: tools/peers/%/go.mod tools/peers/%/go.sum
 	@echo "building $*"
 	@cd tools/peers/$* && GOBIN=$(PEERS_BIN) $(GO) install -tags '$(TAGS_$*)' tool
 	@touch $@
+
+image: $(BUILT) ## the container image, from this machine's packages where no registry of images is reachable
+	@$(BIN)/python tools/image.py
 
 lint: $(BUILT) ## style, layering, sizes, missing tests
 	@$(BIN)/ruff check -q $(PYTHONS)

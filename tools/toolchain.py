@@ -7,6 +7,7 @@ Used by setup.py and by `make`; runs on any Python 3.9 or later, without any pac
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import re
 import shutil
@@ -46,6 +47,8 @@ def found(what: str, least: str) -> str:
         version = sysconfig.get_python_version() if here.exists() else ""
     elif kind == "lib":
         version = output(tool("pkg-config"), "--modversion", name).strip()
+    elif kind == "so":
+        version = "present" if ctypes.util.find_library(name) else ""
     elif kind == "header":
         version = "present" if any((base / name).exists() for base in INCLUDES) else ""
     elif kind == "target":

@@ -18,6 +18,7 @@ from clawker_cp.app import ControlPlane
 from clawker_cp.cli.check import check
 from clawker_cp.errors import ClawkerError
 from clawker_cp.pki.tree import CA, SERVER, SIGNING_JWK
+from clawker_cp.processes.first import leave_first_process
 from clawker_cp.runtime.runner import run_until_signal
 from clawker_cp.telemetry.log import configure
 from clawker_cp.wiring.engine_choice import chosen_engine
@@ -56,6 +57,7 @@ def serve(
     """
     Run the control plane of this host until a signal ends it.
     """
+    leave_first_process()
     notify = _Notifier(ready_fd)
     try:
         settings, directories = load_configuration(config_dir=config_dir, data_dir=data_dir)

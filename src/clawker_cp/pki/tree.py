@@ -31,6 +31,7 @@ from clawker_cp.runtime.jwk import public_jwk, read_jwks
 log = structlog.get_logger()
 
 MOUNTED = Path("/etc/clawker/auth")  # in the control plane's container; wins over the host's tree
+MOUNTED_CA = "tls/ca.pem"
 PREPARED = ".clawker-new-"
 WARN_EVERY = dt.timedelta(days=1)
 
@@ -374,8 +375,13 @@ class AuthTree:
 def find_tree(data_dir: Path, overrides: Mapping[str, Path] = MappingProxyType({})) -> AuthTree:
     """
     The tree a server uses: flags, then what is mounted into its container, else the host's.
+
+    In the container the CA's certificate lies beside the server's (contract 1.6).
     """
-    return AuthTree(MOUNTED if MOUNTED.is_dir() else data_dir / "auth", overrides=overrides)
+    if not MOUNTED.is_dir():
+        return AuthTree(data_dir / "auth", overrides=overrides)
+    moved = {CA.certificate: MOUNTED / MOUNTED_CA} if (MOUNTED / MOUNTED_CA).exists() else {}
+    return AuthTree(MOUNTED, overrides={**moved, **overrides})
 
 
 def inconsistent(faulty: list[Finding]) -> ClawkerError:

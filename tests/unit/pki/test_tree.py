@@ -32,6 +32,7 @@ from clawker_cp.pki.tree import (
     paths,
 )
 from clawker_cp.runtime.jwk import read_jwks
+from clawker_cp.wiring.own_container import MATERIAL
 
 NOW = dt.datetime.now(dt.UTC)
 
@@ -335,6 +336,23 @@ def test_the_mounted_tree_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr("clawker_cp.pki.tree.MOUNTED", tmp_path / "mounted")
     assert find_tree(tmp_path).root == tmp_path / "mounted"
+
+
+def test_a_container_has_the_certificate_of_the_ca_beside_the_servers(
+    made: AuthTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mounted there, and no more than that, is enough to serve; a flag still names another file."""
+    mounted = tmp_path / "mounted"
+    for source, target in MATERIAL.items():
+        if made.path(source).exists():
+            (mounted / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(made.path(source), mounted / target)
+    monkeypatch.setattr("clawker_cp.pki.tree.MOUNTED", mounted)
+    tree = find_tree(tmp_path)
+    assert not tree.is_ours and not tree.holds_ca_key
+    tree.verify()
+    assert tree.path(CA.certificate) == mounted / "tls/ca.pem"
+    assert find_tree(tmp_path, {CA.certificate: tmp_path / "x.pem"}).path(CA.certificate) == tmp_path / "x.pem"
 
 
 def test_named_files_win_over_the_tree_and_are_only_verified(made: AuthTree, tmp_path: Path) -> None:

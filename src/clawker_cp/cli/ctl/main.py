@@ -7,15 +7,18 @@ Exit codes: 0 fine, 1 refused, failed or "no" (`check`, `auth status`), 2 usage,
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 
 from clawker_cp.cli.ctl.agents import agents, bypass, events, explain, flows, quarantine, release, token
 from clawker_cp.cli.ctl.auth import auth
 from clawker_cp.cli.ctl.firewall import firewall
+from clawker_cp.cli.ctl.lifecycle import down, up
 from clawker_cp.cli.ctl.rules import allow, check, deny, rules
 from clawker_cp.cli.ctl.sandboxes import sandbox
 from clawker_cp.cli.ctl.session import Session
@@ -68,6 +71,11 @@ def cli(
     token_port: int | None,
     as_json: bool,
 ) -> None:
+    # What is said while working is no part of the answer, and answers are read by programs.
+    structlog.configure(
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+    )
     directories = Directories.from_environment(environment())
     ports = load_settings(directories, environment()).cli.control_plane
     context.obj = Session(
@@ -81,7 +89,7 @@ def cli(
 
 for _verb in (
     status, allow, deny, rules, check, explain, flows, events, agents, bypass, quarantine, release, token, sandbox,
-    firewall, auth,
+    firewall, auth, up, down,
 ):  # fmt: skip
     cli.add_command(_verb)
 cli.add_command(explain, "why")
