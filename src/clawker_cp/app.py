@@ -73,6 +73,7 @@ from clawker_cp.wiring.event_bridge import EventBridge
 from clawker_cp.wiring.firewall_control import FirewallControl, KernelWhenUp, gate_answers
 from clawker_cp.wiring.health_keeper import HealthKeeper
 from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_bundle
+from clawker_cp.wiring.placement import Placement
 from clawker_cp.wiring.reports import Reports
 from clawker_cp.wiring.reserved import learn_addresses
 from clawker_cp.wiring.sandbox_service import host_ids
@@ -85,13 +86,14 @@ DRAIN_LIMIT_S = 25.0
 GARBAGE_EVERY_S = 30.0
 SOS_KEPT_S = 2.0
 LIST_LIMIT_S = 5.0
+ON_HOST = Placement()
 
 
 class ControlPlane:
     """
     One server of one host. `run` starts everything, says when it is ready, and drains exactly once.
 
-    `engine` runs the agents. `certificates` are files named by flags, by their place in the auth tree; `listen` is
+    `engine` runs the agents, `where` is where this process is. `certificates` are files named by flags, by their place in the auth tree; `listen` is
     given who wants to see every line of the log. Ephemeral: it ends when its last sandbox and its last client are gone.
     """
 
@@ -101,6 +103,7 @@ class ControlPlane:
         directories: Directories,
         rows: list[HostFeature],
         engine: HostEngine | DockerHost,
+        where: Placement = ON_HOST,
         *,
         log_dir: Path | None = None,
         ephemeral: bool = False,
@@ -120,6 +123,7 @@ class ControlPlane:
 
         self._manager = Manager(Path(settings.firewall.pin_dir), max_agents=settings.firewall.max_agents)
         self._engine = engine
+        self._where = where
         self._ring = engine.ring if settings.firewall.host_ring else None
         network = engine.network
         self._roster = Roster()
@@ -249,7 +253,13 @@ class ControlPlane:
             idle=self._idle,
         )
         self._surface = ControlSurface(
-            settings, directories, self._tree, self._database, self._startup, self._metrics, address=network.cp
+            settings,
+            directories,
+            self._tree,
+            self._database,
+            self._startup,
+            self._metrics,
+            listen=self._where.listeners(network.cp),
         )
         self._status = ServerStatus(
             self._policy,

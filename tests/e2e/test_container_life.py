@@ -159,7 +159,9 @@ async def test_one_that_does_not_get_healthy_is_taken_back(engine: EngineHost, b
     old = await inspect(engine)
     failed = await engine.ctl("up", "--image", broken, "--wait", "4")
 
-    assert failed.code == 1 and words in failed.err.splitlines()[0] and "the previous container runs again" in failed.err
+    assert (
+        failed.code == 1 and words in failed.err.splitlines()[0] and "the previous container runs again" in failed.err
+    )
     now = await inspect(engine)
     assert now["Id"] == old["Id"] and now["State"]["Running"]
     assert len((await engine.out("ps", "-aq")).split()) == 1

@@ -23,6 +23,7 @@ from clawker_cp.runtime.runner import run_until_signal
 from clawker_cp.telemetry.log import configure
 from clawker_cp.wiring.engine_choice import chosen_engine
 from clawker_cp.wiring.host_table import preflight
+from clawker_cp.wiring.placement import look
 from clawker_cp.wiring.translation import load_configuration
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -69,12 +70,14 @@ def serve(
             named = {CA.certificate: tls_ca, SERVER.certificate: tls_cert, SERVER.key: tls_key, SIGNING_JWK: jwk}
 
             async def run(stop: asyncio.Event) -> int:
-                async with chosen_engine(settings, directories, only_host=ephemeral) as engine:
+                where = look()
+                async with chosen_engine(settings, directories, where, only_host=ephemeral) as engine:
                     control_plane = ControlPlane(
                         settings,
                         directories,
                         preflight(settings),
                         engine,
+                        where,
                         log_dir=log_dir,
                         ephemeral=ephemeral,
                         certificates={place: path for place, path in named.items() if path is not None},

@@ -42,6 +42,7 @@ from clawker_cp.runtime.listeners import HttpListener
 from clawker_cp.runtime.startup import CPStartupOrchestrator
 from clawker_cp.telemetry.metrics import CONTENT_TYPE, Metrics
 from clawker_cp.wiring.ory_stack import token_backend
+from clawker_cp.wiring.placement import Listeners
 
 log = structlog.get_logger()
 
@@ -52,7 +53,7 @@ LOOK_EVERY_S = 2.0
 
 class ControlSurface:
     """
-    The listeners of one server: for operators on loopback, for agents on `address`.
+    The listeners of one server, at the addresses of `listen`.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ControlSurface:
         startup: CPStartupOrchestrator,
         metrics: Metrics,
         *,
-        address: str,
+        listen: Listeners,
     ) -> None:
         self._settings = settings
         self._tree = tree
@@ -72,17 +73,19 @@ class ControlSurface:
         self._metrics = metrics
         self._material = ListenerMaterial(tree)
         controlplane = directories.data / "controlplane"
-        self.tokens = token_backend(settings, controlplane, tree, database, (LOOPBACK, address))
+        self.tokens = token_backend(settings, controlplane, tree, database, listen.tokens)
         ports = settings.cli.control_plane
         self._health = HttpListener(
             "health",
             Application({("/healthz", "GET"): self._healthz}),
-            [(LOOPBACK, ports.health_port), (address, ports.health_port)],
+            [(host, ports.health_port) for host in listen.health],
         )
         self._scrape = HttpListener(
-            "metrics", Application({("/metrics", "GET"): self._render}), [(LOOPBACK, settings.metrics_port)]
+            "metrics",
+            Application({("/metrics", "GET"): self._render}),
+            [(host, settings.metrics_port) for host in listen.metrics],
         )
-        self._address = address
+        self._bound = listen
         self._auths: list[AuthInterceptor] = []
         self._listeners: list[tuple[RpcServer, HealthService]] = []
         self._lost: asyncio.Queue[ClawkerError] = asyncio.Queue()
@@ -142,11 +145,11 @@ class ControlSurface:
         names = ("clawker.admin.v1.AdminService", "clawker.control.v1.ControlService")
         services = [admin_service(admin), control_service(control)]
         self._add(
-            "admin", f"{LOOPBACK}:{ports.admin_port}", operators, services, names,
+            "admin", [f"{host}:{ports.admin_port}" for host in self._bound.admin], operators, services, names,
             is_ready=lambda: self._startup.is_ready,
         )  # fmt: skip
         self._add(
-            "agents", f"{self._address}:{ports.agent_port}", agents_auth, [agent_service(agents)],
+            "agents", [f"{host}:{ports.agent_port}" for host in self._bound.agents], agents_auth, [agent_service(agents)],
             ("clawker.agent.v1.AgentService",), identity=[IdentityInterceptor(resolver)], limits=AGENT_LIMITS,
         )  # fmt: skip
         group.create_task(self._follow("health", self._health.run()), name="health-listener")
@@ -162,7 +165,7 @@ class ControlSurface:
     def _add(
         self,
         name: str,
-        address: str,
+        addresses: Sequence[str],
         auth: AuthInterceptor,
         services: list[Register],
         names: Sequence[str],
@@ -170,7 +173,7 @@ class ControlSurface:
     ) -> None:
         health = HealthService(names)
         listener = RpcServer(
-            name, [address], self._tls, auth, [*services, health], observe=self._metrics.count_rpc, **more
+            name, addresses, self._tls, auth, [*services, health], observe=self._metrics.count_rpc, **more
         )
         self._listeners.append((listener, health))
 
@@ -219,7 +222,7 @@ class ControlSurface:
         ports = self._settings.cli.control_plane
         places = [
             ("admin", LOOPBACK, ports.admin_port),
-            ("agents", self._address, ports.agent_port),
+            ("agents", self._bound.probe_agents, ports.agent_port),
             ("health", LOOPBACK, ports.health_port),
             ("metrics", LOOPBACK, self._settings.metrics_port),
             ("token", LOOPBACK, ports.hydra_public_port),
@@ -258,7 +261,7 @@ class ControlSurface:
 
     async def _agents_answer(self) -> bool:
         port = self._settings.cli.control_plane.agent_port
-        return await _accepts(self._address, port, self._material.client_context())
+        return await _accepts(self._bound.probe_agents, port, self._material.client_context())
 
     async def _healthz(self, request: Request) -> Answer:
         verbose = request.query.get("verbose", [""])[0] not in {"", "0"}

@@ -23,6 +23,7 @@ from clawker_cp.agents.roster import Roster
 from clawker_cp.ebpf import Manager
 from clawker_cp.ebpf.pins import Pins
 from clawker_cp.engines.base import AgentContainer, AgentNetwork
+from clawker_cp.engines.docker.cgroup_watch import CgroupWatch, Missed
 from clawker_cp.engines.docker.ports import PortWatch
 from clawker_cp.engines.docker.ring_rules import Pin
 from clawker_cp.engines.dockerevents import DockerEvent, DockerEventFeeder
@@ -123,6 +124,7 @@ class DockerAgents:
         return [
             ("docker_events", self._feeder.run, late),
             ("enrolment", self._follow_events, late),
+            ("cgroup_watch", self._watch_cgroups, "containers are linked when their start is told, not before"),
             ("bridge_ports", self._watch_ports, "ports without an agent may reach each other"),
             ("programs_swept", self._sweep, "links of dead cgroups stay"),
         ]
@@ -202,6 +204,23 @@ class DockerAgents:
             log.warning("reconcile_failed", cause=error.message)
 
     # -- before the engine tells --------------------------------------------------------------
+
+    async def _watch_cgroups(self) -> None:
+        """Link programs to an agent's cgroup when the kernel makes it, which is before its first process."""
+        async with CgroupWatch(self._host.cgroup_parents()) as watch, asyncio.TaskGroup() as group:
+            async for made in watch:
+                if isinstance(made, Missed):
+                    group.create_task(self._reconcile(), name="reconcile")
+                elif match := _CONTAINER_ID.fullmatch(made.name):
+                    group.create_task(self._link_early(match[1], made), name="cgroup-made")
+
+    async def _link_early(self, container_id: str, cgroup: Path) -> None:
+        try:
+            container = await self._engine.inspect(container_id)
+            if container.is_agent and self._lives.enrols:
+                await asyncio.to_thread(self._manager.attach, cgroup)
+        except (ClawkerError, OSError) as error:
+            log.info("cgroup_not_linked_early", id=container_id[:12], cause=str(error))
 
     async def _watch_ports(self) -> None:
         if self._ring is None:

@@ -8,7 +8,7 @@ server that `run` starts for itself has none either: it is the host's.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,16 +28,17 @@ from clawker_cp.engines.docker_client import endpoint_from, socket_path
 from clawker_cp.engines.dockerevents import DockerEventFeeder
 from clawker_cp.engines.host.engine import HostEngine
 from clawker_cp.engines.host.sockets import SocketInfo
-from clawker_cp.errors import ClawkerError
+from clawker_cp.errors import ClawkerError, InvalidInput
 from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.runtime.overseer import Overseer
 from clawker_cp.wiring.agent_side import AgentSide
 from clawker_cp.wiring.container_enforcement import ContainerEnforcement
 from clawker_cp.wiring.docker_agents import DockerAgents
 from clawker_cp.wiring.docker_host import DockerHost, docker_host
-from clawker_cp.wiring.enforcement import Enforcement, Ring
+from clawker_cp.wiring.enforcement import Enforcement
 from clawker_cp.wiring.firewall_control import FirewallControl
 from clawker_cp.wiring.host_agents import HostAgents
+from clawker_cp.wiring.placement import Placement
 from clawker_cp.wiring.reports import Reports
 
 log = structlog.get_logger()
@@ -60,34 +61,40 @@ class Engine(Protocol):
     async def host_addresses(self) -> list[str]: ...
 
 
-class ReservingRing(Ring, Protocol):
-    """A ring that is also told what nothing admits."""
-
-    async def reserve(self, networks: list[str]) -> None: ...
-
-
 @asynccontextmanager
 async def chosen_engine(
-    settings: Settings, directories: Directories, *, only_host: bool = False
+    settings: Settings, directories: Directories, where: Placement, *, only_host: bool = False
 ) -> AsyncIterator[HostEngine | DockerHost]:
     """
-    The engine that the settings ask for, while the block runs.
+    The engine that the settings ask for and the place allows, while the block runs.
     """
-    if not only_host and (settings.engine == "docker" or (settings.engine == "auto" and _daemon_is_there())):
-        opened = docker_host(settings, directories, environment())
-        try:
-            host = await opened.__aenter__()
-        except ClawkerError as error:
-            if settings.engine == "docker":
-                raise
-            log.warning("engine_docker_unavailable", cause=error.message, effect="sandboxes of this host only")
-        else:
+    if where.in_container and settings.engine == "host":
+        raise InvalidInput("engine: a control plane that is a container has no sandboxes", hint="set it to docker")
+    asked = settings.engine == "docker" or where.in_container
+    async with AsyncExitStack() as stack:
+        if not only_host and (asked or (settings.engine == "auto" and _daemon_is_there())):
             try:
+                host = await stack.enter_async_context(
+                    docker_host(
+                        settings,
+                        directories,
+                        environment(),
+                        own_container_id=where.container_id or None,
+                        host_netns=where.host_netns,
+                    )
+                )
+            except ClawkerError as error:
+                if asked:
+                    raise
+                log.warning("engine_docker_unavailable", cause=error.message, effect="sandboxes of this host only")
+            else:
                 yield host
-            finally:
-                await opened.__aexit__(None, None, None)
-            return
-    yield HostEngine(
+                return
+        yield _host_engine(settings, directories)
+
+
+def _host_engine(settings: Settings, directories: Directories) -> HostEngine:
+    return HostEngine(
         state_dir=directories.state,
         bridge=settings.host.bridge,
         subnet=settings.host.subnet,

@@ -16,6 +16,7 @@ from clawker_cp.telemetry.metrics import Metrics
 from clawker_cp.testing.authority_world import free_ports
 from clawker_cp.wiring import control_surface
 from clawker_cp.wiring.control_surface import ControlSurface
+from clawker_cp.wiring.placement import Placement
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def surface(tmp_path: Path) -> ControlSurface:
     directories = Directories(*(tmp_path / name for name in ("config", "data", "state", "cache")))
     return ControlSurface(
         settings, directories, AuthTree(tmp_path / "auth"), Database(tmp_path / "cp.db"), CPStartupOrchestrator(),
-        Metrics(), address="127.0.0.1",
+        Metrics(), listen=Placement().listeners("127.0.0.1"),
     )  # fmt: skip
 
 
