@@ -93,8 +93,9 @@ class ControlPlane:
     """
     One server of one host. `run` starts everything, says when it is ready, and drains exactly once.
 
-    `engine` runs the agents, `where` is where this process is. `certificates` are files named by flags, by their place in the auth tree; `listen` is
-    given who wants to see every line of the log. Ephemeral: it ends when its last sandbox and its last client are gone.
+    `engine` runs the agents, `where` is where this process is. `certificates` are files named by flags, by their
+    place in the auth tree; `listen` is given who wants to see every line of the log. Ephemeral: it ends when its last
+    sandbox and its last client are gone.
     """
 
     def __init__(

@@ -30,7 +30,8 @@ BUSYBOX = Path("/usr/bin/busybox")
 HEALTHY = """#!/bin/sh
 trap 'echo drained; kill $!; exit 0' TERM
 echo '{"level":"info","event":"cp_ready"}'
-while :; do printf 'HTTP/1.1 200 OK\\r\\nContent-Length: 20\\r\\n\\r\\n{"status":"healthy"}' | nc -l -p 7080 & wait $!; done
+answer='HTTP/1.1 200 OK\\r\\nContent-Length: 20\\r\\n\\r\\n{"status":"healthy"}'
+while :; do printf "$answer" | nc -l -p 7080 & wait $!; done
 """
 DIES = """#!/bin/sh
 echo '{"level":"info","event":"cp_starting"}'
@@ -39,7 +40,8 @@ exit 1
 """
 STUCK = """#!/bin/sh
 trap 'exit 0' TERM
-while :; do printf 'HTTP/1.1 503 No\\r\\n\\r\\n{"status":"unhealthy","failed_probe":"envoy"}' | nc -l -p 7080 & wait $!; done
+answer='HTTP/1.1 503 No\\r\\n\\r\\n{"status":"unhealthy","failed_probe":"envoy"}'
+while :; do printf "$answer" | nc -l -p 7080 & wait $!; done
 """
 
 
@@ -103,7 +105,7 @@ async def test_up_makes_it_once(engine: EngineHost) -> None:
 
 
 async def test_the_engine_took_what_was_asked(engine: EngineHost) -> None:
-    """Inside: the host's processes and cgroups, read-only what is read-only, six capabilities, no key of the operator's."""
+    """Inside: the host's processes and cgroups, read-only where meant, six capabilities, no key of the operator's."""
     await up(engine)
     record = await inspect(engine)
     host = record["HostConfig"]

@@ -28,6 +28,7 @@ from typing import Any, Self
 import docker
 
 from clawker_cp.engines.docker_client import DockerClient
+from clawker_cp.engines.host.process import start_time
 from clawker_cp.errors import ClawkerError
 from clawker_cp.testing.world import HostNamespace
 
@@ -141,6 +142,11 @@ class DockerWorld:
             argv += ["--cgroup-parent", f"/{self.cgroup_parent}"]
         if self._live_restore:
             argv += ["--live-restore"]
+        # A daemon that was killed leaves its containerd as a zombie where process 1 reaps late; the next one
+        # would take it for alive and wait for it.
+        left = self.directory / "exec" / "containerd" / "containerd.pid"
+        if left.exists() and not start_time(int(left.read_text() or 0)):
+            left.unlink()
         with (self.directory / "dockerd.log").open("ab") as log:
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *self.host.command(argv)],

@@ -148,8 +148,9 @@ class ControlSurface:
             "admin", [f"{host}:{ports.admin_port}" for host in self._bound.admin], operators, services, names,
             is_ready=lambda: self._startup.is_ready,
         )  # fmt: skip
+        agents_at = [f"{host}:{ports.agent_port}" for host in self._bound.agents]
         self._add(
-            "agents", [f"{host}:{ports.agent_port}" for host in self._bound.agents], agents_auth, [agent_service(agents)],
+            "agents", agents_at, agents_auth, [agent_service(agents)],
             ("clawker.agent.v1.AgentService",), identity=[IdentityInterceptor(resolver)], limits=AGENT_LIMITS,
         )  # fmt: skip
         group.create_task(self._follow("health", self._health.run()), name="health-listener")
