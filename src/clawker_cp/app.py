@@ -133,7 +133,7 @@ class ControlPlane:
         options = EnvoyOptions(
             directory=firewall / "envoy",
             proxy_addr=network.proxy,
-            roots=Path(settings.envoy.trusted_ca) if settings.envoy.trusted_ca else find_roots(),
+            roots=find_roots(settings.envoy.trusted_ca),
             resolver=("127.0.0.1", settings.dns.proxy_view_port),
             concurrency=settings.envoy.concurrency,
             http3=settings.envoy.http3,

@@ -300,8 +300,13 @@ def _read(path: Path) -> dict[str, Any]:
         loaded = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, YAMLError) as error:
-        raise InvalidInput(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise InvalidInput(f"{path} is not YAML: {problem}{where}") from error
     if loaded is not None and not isinstance(loaded, dict):
         raise InvalidInput(f"{path} is not a mapping of settings")
     return loaded or {}
@@ -332,7 +337,9 @@ def known_keys(kind: type[msgspec.Struct] = Settings, prefix: str = "") -> Itera
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, list(known_keys()), n=1, cutoff=0.5)
+    known = list(known_keys())
+    sections = [name for name, kind in _fields(Settings).items() if _is_section(kind)]
+    near = difflib.get_close_matches(key, known if "." in key else [*sections, *known], n=1, cutoff=0.5)
     return f"{key}: there is no such setting" + (f", did you mean {near[0]}" if near else "")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 import pytest
 
@@ -143,6 +144,19 @@ async def test_exit_codes_and_signals_pass(machine: Machine) -> None:
     assert (await machine.run(command=["sh", "-c", "exit 7"])).code == 7
     assert (await machine.run(command=["/nonexistent"])).code == 127
     assert (await machine.run("--allow", "nonsense://x", command=["true"])).code == 125
+
+
+async def test_a_private_working_directory_is_entered(machine: Machine) -> None:
+    """A directory that only its owner may enter is where the owner's command starts; the default is its home."""
+    private = machine.workdir / "private"
+    private.mkdir(mode=0o700)
+    os.chown(private, 12345, 12345)
+    own = await machine.run("--workdir", str(private), command=["sh", "-c", "pwd; id -u; touch x; env | grep OLDPWD"])
+    nowhere = await machine.run("--workdir", "/", command=["sh", "-c", "pwd; touch x"])
+
+    assert own.out.split() == [str(private), "12345"], own.err
+    assert (private / "x").exists()
+    assert (nowhere.out.strip(), nowhere.code) == ("/home/clawker", 0), nowhere.err
 
 
 async def test_a_sandbox_sees_nothing_of_the_host(machine: Machine) -> None:

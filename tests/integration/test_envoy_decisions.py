@@ -66,6 +66,12 @@ def test_paths_and_methods_are_judged_in_order(tmp_path: Path) -> None:
                 assert await reason(world, base + odd) == (403, "path_not_canonical"), odd
             for odd in ("/repos/%252e", "/repos/%00", "/repos/a\\b", "/repos/%5C"):
                 assert (await reason(world, base + odd))[0] in (400, 403), odd
+            for odd in ("/repos/%61", "/repos/a%7e", "/repos/%zz", "/repos/%2561", "/repos/a%3bb", "/repos/%c0%ae"):
+                assert await reason(world, base + odd) == (403, "path_not_canonical"), odd
+            for fine in ("/repos/%40scope", "/repos/caf%c3%a9", "/repos/a%20b%2520c", "/repos/a:b"):
+                assert await reason(world, base + fine) == (200, ""), fine
+            for header in ("X-Original-URL: /admin", "X-HTTP-Method-Override: DELETE"):
+                assert await reason(world, f"{base}/repos/x", headers=[header]) == (403, "request_refused"), header
             assert not any(path.startswith("/repos/..") for _, path, _ in world.outside.requests)
 
     run_in_namespace(main)

@@ -231,7 +231,12 @@ def read_rules_file(path: Path, *, scope: str = GLOBAL) -> tuple[Rule, ...]:
         raise InvalidInput(f"the rules file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidInput(f"the rules file {path} is not UTF-8 text") from error
-    return read_rules(text, scope=scope)
+    try:
+        return read_rules(text, scope=scope)
+    except RuleInvalid:  # names its rules
+        raise
+    except InvalidInput as error:
+        raise InvalidInput(f"the rules file {path}: {error.message}", code=error.code) from error
 
 
 def format_time(seconds: float) -> str:

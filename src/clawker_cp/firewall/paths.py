@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import re2
@@ -22,8 +23,20 @@ MAX_ENTRIES = 256
 
 REGEX_MARK = "~"
 
-# Escapes that another parser may decode into something that changes the path's meaning.
-_ESCAPES = re.compile(r"%(?:2e|2f|5c|00|252e|252f|255c)", re.IGNORECASE)
+# What no canonical path has, whatever the rule; all of it without case. In this order: escapes of
+# characters that need none and of controls, `.` `/` `\` among them, also escaped more than once (an
+# origin decodes `/%61dmin` to the `/admin` that a rule denies); bytes that no UTF-8 has (overlong
+# forms); what looks like an escape and is none; separators that origins fold.
+_NEVER = (
+    r"%(?:25)*(?:[01][0-9a-f]|2[def]|3[0-9]|4[1-9a-f]|5[0-9acf]|6[1-9a-f]|7[0-9aef]|c[01]|f[5-9a-f])"
+    r"|%(?:[^0-9a-f]|[0-9a-f](?:[^0-9a-f]|$)|$)"
+    r"|\\|//"
+)
+_DOTS = r"/\.\.?(?:/|$)"
+_ESCAPES = re.compile(_NEVER, re.IGNORECASE)
+# Characters of a path that clients may escape or not; origins decode both.
+_EITHER_WAY = "!$&'()*+,:;=@"
+_LOWER_ESCAPE = re.compile("%(?:[a-f][0-9A-Fa-f]|[0-9A-Fa-f][a-f])")
 _LITERAL = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@/%-]*")
 
 
@@ -32,15 +45,30 @@ def escapes(path: str) -> bool:
     return _ESCAPES.search(path) is not None or "\\" in path or "//" in path
 
 
-def is_canonical(path: str, *, semicolon: bool) -> bool:
+@lru_cache(maxsize=4096)
+def refused_form(entries: tuple[PathEntry, ...]) -> str:
     """
-    Whether a request path (without query) may be judged at all.
+    The RE2 of what a path (without query) may not contain to be judged by these entries.
 
-    `semicolon`: the origin has a pattern with a `;`, so the path may have one too.
+    `;` unless a pattern has one. The escaped form of a character that a denying pattern has. Escapes
+    in lower case where a pattern has an escape, for patterns are compared letter by letter.
     """
-    if escapes(path) or (not semicolon and ";" in path):
-        return False
-    return not any(segment in (".", "..") for segment in path.split("/"))
+    patterns = [entry.pattern for entry in entries]
+    parts = [f"(?i:{_NEVER}|{_DOTS})"]
+    if not any(";" in pattern for pattern in patterns):
+        parts.append("(?i:;|%3b)")
+    denied = {letter for entry in entries if not entry.allow for letter in entry.pattern}
+    either = "|".join(f"{ord(letter):02x}" for letter in _EITHER_WAY if letter in denied)
+    if either:
+        parts.append(f"(?i:%(?:25)*(?:{either}))")
+    if any("%" in pattern for pattern in patterns):
+        parts.append(_LOWER_ESCAPE.pattern)
+    return "|".join(parts)
+
+
+def is_canonical(path: str, entries: tuple[PathEntry, ...]) -> bool:
+    """Whether a request path (without query) may be judged at all."""
+    return compile_pattern(f"(?s).*(?:{refused_form(entries)}).*").fullmatch(path) is None
 
 
 def path_problem(path: str) -> str:
@@ -58,6 +86,8 @@ def path_problem(path: str) -> str:
     # The last segment is an open prefix: "/." matches "/.well-known".
     if escapes(path) or any(segment in (".", "..") for segment in path.split("/")[:-1]):
         return f'"{path}" is not in canonical form and could never match'
+    if _LOWER_ESCAPE.search(path):
+        return f'"{path}" has an escape in lower case and could never match: write %C3, not %c3'
     return ""
 
 
@@ -110,8 +140,7 @@ def judge(policy: PathPolicy, method: str, path: str) -> PathVerdict:
     if not policy.reads_paths:
         return PathVerdict(True, "forwarded")
     path = path.partition("?")[0]
-    semicolon = any(";" in entry.pattern for entry in policy.entries)
-    if not is_canonical(path, semicolon=semicolon):
+    if not is_canonical(path, policy.entries):
         return PathVerdict(False, "path_not_canonical")
     other_method = False
     for entry in policy.entries:

@@ -54,6 +54,7 @@ class LastingProcess:
         self._command = list(command)
         self._mark_path = mark
         self._log_path = log_path
+        self._log_start = 0
         self._environment = dict(environment or {})
         self._pidfd = -1
         self._pid = 0
@@ -123,10 +124,15 @@ class LastingProcess:
 
     def last_output(self, limit_bytes: int = 4096) -> str:
         """
-        The end of what the process has written.
+        The end of what the process has written since it was started here.
         """
         try:
-            data = self._log_path.read_bytes()[-limit_bytes:]
+            with self._log_path.open("rb") as output:
+                # Less than it began with: the log was put aside meanwhile.
+                size = os.fstat(output.fileno()).st_size
+                begin = self._log_start if self._log_start <= size else 0
+                output.seek(max(begin, size - limit_bytes))
+                data = output.read()
         except OSError:
             return ""
         return data.decode("utf-8", "replace").strip()
@@ -135,6 +141,7 @@ class LastingProcess:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._log_path.open("ab") as output:
+                self._log_start = output.tell()
                 self._popen = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,

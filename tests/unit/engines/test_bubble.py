@@ -44,6 +44,15 @@ def test_filter_is_left_out_only_when_there_is_none() -> None:
     )
 
 
+def test_the_users_shell_enters_the_directory() -> None:
+    """The working directory is entered after the user was switched: root without privileges may not enter it."""
+    line = command_line(sandbox_of(spec_of(workdir="/w d")), [], Path("/ns"), args_fd=5, status_fd=6, seccomp_fd=-1)
+    inner = line[line.index("/usr/bin/setpriv") :]
+
+    assert inner[inner.index("clawker-cp") + 1 :] == ["/w d", "id"]
+    assert "--chdir" not in line
+
+
 def test_terminal_becomes_the_controlling_one_only_when_asked() -> None:
     """A session takes the terminal with --tty and not otherwise."""
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawker_cp.firewall.paths import effective_default, is_canonical, judge, ordered
+from clawker_cp.firewall.paths import effective_default, is_canonical, judge, ordered, path_problem
 from clawker_cp.firewall.plan import PathPolicy
 from clawker_cp.firewall.rules import PathRule
 
@@ -42,6 +42,20 @@ def test_the_default_is_deny_if_any_entry_allows(default: str, actions: list[str
         "/%252e",
         "/%252F",
         "/%255c",
+        "/a%25252e",
+        "/%61dmin",
+        "/a%7euser",
+        "/a%2Db",
+        "/%2561dmin",
+        "/a%0d%0ab",
+        "/a%7f",
+        "/%c0%ae",
+        "/%ff",
+        "/a%",
+        "/a%4",
+        "/a%zz",
+        "/%u002e",
+        "/a%3bx",
         "/a\\b",
         "//",
         "/a/./b",
@@ -55,10 +69,35 @@ def test_a_path_that_is_not_canonical_is_refused(path: str) -> None:
     assert (verdict.allowed, verdict.reason) == (False, "path_not_canonical")
 
 
-@pytest.mark.parametrize("path", ["/a%20b", "/a%25", "/...", "/.well-known", "/a.b", "/%2541"])
+@pytest.mark.parametrize(
+    "path", ["/a%20b", "/a%25", "/...", "/.well-known", "/a.b", "/a%2520b", "/%40scope", "/caf%C3%A9", "/a%c3%a9"]
+)
 def test_ordinary_escapes_and_dots_are_canonical(path: str) -> None:
     """Only what another parser may turn into something else is refused."""
-    assert is_canonical(path, semicolon=False)
+    assert is_canonical(path, ordered([PathRule("/", "allow")]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [
+        ("/@scope", "/%40scope"),
+        ("/a:b", "/a%3Ab"),
+        ("/a:b", "/a%253ab"),
+        ("~/a[,+]b", "/a%2cb"),
+        ("/caf%C3%A9", "/caf%c3%a9"),
+    ],
+)
+def test_a_denied_path_is_not_reached_by_writing_it_otherwise(pattern: str, path: str) -> None:
+    """What an origin decodes to a denied path is refused; without that denial the same spelling is fine."""
+    denied = policy(PathRule(pattern, "deny"))
+    assert judge(denied, "GET", path).reason == "path_not_canonical"
+    assert judge(policy(PathRule("/other", "deny")), "GET", path.replace("%25", "%")).allowed
+
+
+def test_a_pattern_that_could_never_match_is_a_problem() -> None:
+    """Escapes that no canonical path has, and escapes in lower case."""
+    assert "canonical" in path_problem("/%61dmin")
+    assert "upper case" not in path_problem("/caf%C3%A9") and "%C3" in path_problem("/caf%c3%a9")
 
 
 def test_a_semicolon_is_canonical_only_if_a_pattern_has_one() -> None:

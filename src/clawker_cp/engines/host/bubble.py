@@ -3,7 +3,8 @@ The command line that puts an agent's process into its sandbox: cgroup, network,
 
 Pure: a sandbox in, an argument list out. The stages, each an exec of the next: a shell joins the
 cgroups, `nsenter` the network namespace, `bwrap` builds the file system and the process namespace
-and reaps as process 1, `setsid` makes a session, `setpriv` becomes the user.
+and reaps as process 1, `setsid` makes a session, `setpriv` becomes the user, a shell enters its
+directory.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ umask 022
 exec nsenter --net="$ns" -- "$@"
 """
 
+# As the agent's user, who may be the only one that can enter its directories. $1 = where to start.
+_START = 'cd -- "$1" && unset OLDPWD || exit 125; shift; exec "$@"'
+
 
 def command_line(
     sandbox: Sandbox, cgroups: Sequence[Path], netns: Path, *, args_fd: int, status_fd: int, seccomp_fd: int
@@ -68,7 +72,7 @@ def sandbox_arguments(
     line.append("--clearenv")
     for name, value in environment(spec, certificates=ca_dir is not None).items():
         line += ["--setenv", name, value]
-    return [*line, "--chdir", HOME if spec.workdir in NO_WORKDIR else spec.workdir]
+    return [*line, "--chdir", "/"]
 
 
 def capabilities(spec: SandboxSpec) -> tuple[str, ...]:
@@ -112,4 +116,5 @@ def _inner(spec: SandboxSpec) -> list[str]:
     keep = "".join(f",+{name}" for name in capabilities(spec))
     for kind in ("--inh-caps", "--ambient-caps", "--bounding-set"):
         line += [kind, f"-all{keep}"]
-    return [*line, "--", *spec.argv]
+    directory = HOME if spec.workdir in NO_WORKDIR else spec.workdir
+    return [*line, "--", "/bin/sh", "-c", _START, "clawker-cp", directory, *spec.argv]

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from clawker_cp.errors import Unsupported
+from clawker_cp.errors import InvalidInput, Unsupported
 
 # Where distributions keep the bundle of system roots.
 ROOTS = (
@@ -67,8 +67,23 @@ class EnvoyOptions:
         return self.directory / "bootstrap.json"
 
 
-def find_roots() -> Path:
-    """Return the bundle of system roots; raises `Unsupported` if there is none."""
+def find_roots(configured: str = "") -> Path:
+    """
+    Return the certificate authorities that origins are judged by: the configured bundle, else the system's.
+
+    Raises `Unsupported` if there is none, `InvalidInput` for a configured file that holds none.
+    """
+    if configured:
+        try:
+            holds = b"-----BEGIN CERTIFICATE-----" in Path(configured).read_bytes()
+        except OSError as error:
+            raise InvalidInput(
+                f"envoy.trusted_ca names {configured}, which cannot be read: {error.strerror}",
+                hint="install the package ca-certificates, or name a PEM file",
+            ) from error
+        if not holds:
+            raise InvalidInput(f"envoy.trusted_ca names {configured}, which holds no certificate", hint="name a PEM file")
+        return Path(configured)
     for path in ROOTS:
         if path.is_file():
             return path

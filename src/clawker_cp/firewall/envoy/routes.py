@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from clawker_cp.firewall.paths import refused_form
 from clawker_cp.firewall.plan import UDP, DeniedHost, HttpOrigin, PathEntry, PathPolicy, Policy
 
 Json = dict[str, Any]
@@ -28,7 +29,8 @@ NOT_FORWARDED = (SNI_HEADER, "x-forwarded-proto", "x-envoy-external-address", "x
 
 DEFAULT_PORTS = {True: 443, False: 80}
 
-_NOT_CANONICAL = r"%(?:2e|2f|5c|00|252e|252f|255c)|\\|//|/\.\.?(?:/|$)"
+# Headers by which some origins judge another path or method than the one that was sent.
+OVERRIDES = ("x-original-url", "x-rewrite-url", "x-http-method-override", "x-http-method", "x-method-override")
 
 # The names an authority may have below a wildcard: nothing that two parsers could read differently.
 _PLAIN_AUTHORITY = r"[A-Za-z0-9._-]+(?::[0-9]{1,5})?"
@@ -88,9 +90,10 @@ def _judge(policy: PathPolicy, cluster: str, headers: list[Json], *, upgrade: bo
         yield _refuse(_with(_ANY_PATH, headers), "rule_deny", rule)
         return
     if policy.reads_paths:
-        semicolon = any(";" in entry.pattern for entry in policy.entries)
-        expression = f"(?is).*(?:{_NOT_CANONICAL}{'' if semicolon else '|;'}).*"
+        expression = f"(?s).*(?:{refused_form(policy.entries)}).*"
         yield _refuse(_with({"safe_regex": {"regex": expression}}, headers), "path_not_canonical", rule)
+        for name in OVERRIDES:
+            yield _refuse(_with(_ANY_PATH, [*headers, {"name": name, "present_match": True}]), "request_refused", rule)
     for entry in policy.entries:
         match = _with(_path_match(entry.pattern), [*headers, *_methods(entry)])
         if entry.allow:

@@ -386,10 +386,18 @@ class EnvoyStack:
         until = time.monotonic() + START_LIMIT_S
         while not await self._admin.is_live():
             if not self._process.running:
-                raise Unavailable(f"Envoy ended at start: {self._process.last_output(1024)}")
+                raise self._no_start("ended at start")
             if time.monotonic() > until:
-                raise Unavailable(f"Envoy was not ready within {START_LIMIT_S:.0f} s: {self._process.last_output(512)}")
+                raise self._no_start(f"was not ready within {START_LIMIT_S:.0f} s")
             await asyncio.sleep(0.02)
+
+    def _no_start(self, how: str) -> Unavailable:
+        said = self._process.last_output(LOG_TAIL_BYTES).splitlines()
+        why = next((line for line in reversed(said) if "[critical]" in line), said[-1] if said else "it said nothing")
+        return Unavailable(
+            f"Envoy {how}: {why.rpartition('] ')[2][:512]}",
+            hint=f"its log is {self._options.log}; envoy.binary has to be Envoy 1.40",
+        )
 
     async def _wait_for_end(self) -> None:
         """Wait until the process has ended, keeping its log within bounds meanwhile."""
