@@ -298,3 +298,19 @@ async def test_rotated_certificates_are_served_while_a_stream_goes_on(machine: M
             said = await watcher
         assert said["before"] and said["after"] and said["new"] is True
         assert await served.stop() == 0
+
+
+async def test_with_the_firewall_down_a_signal_ends_the_server_too(machine: Machine) -> None:
+    """Down, up and down again, and then nothing waits for a proxy that nobody runs."""
+    async with serving(machine) as served:
+        said = await served.call("""
+            for _ in range(2):
+                await client.call("FirewallRemove", A.FirewallRemoveRequest())
+                await client.call("FirewallInit", A.FirewallInitRequest())
+            result["on"] = (await client.call("FirewallStatus", A.FirewallStatusRequest())).running
+            await client.call("FirewallRemove", A.FirewallRemoveRequest())
+        """)
+        assert said["on"] is True
+        begun = time.monotonic()
+        assert await served.stop() == 0 and time.monotonic() - begun < 15
+    assert "Invalid file descriptor" not in log_of(machine)
