@@ -243,3 +243,74 @@ async def test_a_start_that_fails_late_is_told_to_who_watches(machine: Machine) 
     finally:
         blocker.kill()
         await blocker.wait()
+
+
+SHOWN = "openssl s_client -connect 127.0.0.1:{port} -tls1_3 {pair} </dev/null 2>/dev/null | openssl x509 -noout -serial"
+
+
+async def test_rotated_certificates_are_served_while_a_stream_goes_on(machine: Machine) -> None:
+    """After `clawkerctl auth rotate` every listener shows the new leaf to who comes, and no open call notices."""
+    auth = machine.host.directory / "data" / "auth"
+    pair = f"-cert {auth}/cli/client.pem -key {auth}/cli/client.key"
+
+    async def shown(port: int) -> str:
+        done = await machine.host.run(["sh", "-c", SHOWN.format(port=port, pair=pair)], timeout_s=20)
+        return done.out
+
+    mark, stop = machine.host.directory / "follows", machine.host.directory / "rotated"
+    async with serving(machine) as served:
+        before = {port: await shown(port) for port in (7443, 4444, 4445)}
+        watcher = asyncio.ensure_future(
+            served.call(f"""
+            stream = client.stream("WatchEvents", C.WatchEventsRequest(topics=["policy"]))
+
+            async def one(name):
+                following = asyncio.ensure_future(anext(stream))
+                while not following.done():
+                    rules = [A.EgressRule(dst=name)]
+                    await client.call("FirewallAddRules", A.FirewallAddRulesRequest(rules=rules))
+                    await client.call("FirewallRemoveRule", A.FirewallRemoveRuleRequest(all=True))
+                return (await following).name
+
+            result["before"] = await one("before.example.com")
+            Path("{mark}").touch()
+            while not Path("{stop}").exists():
+                await asyncio.sleep(0.02)
+            result["after"] = await one("after.example.com")  # the stream and the channel of before the rotation
+            async with AsyncAdminClient(ClientIdentity(ROOT)) as other:  # a new leaf, a new handshake
+                result["new"] = (await other.call("GetStatus", C.GetStatusRequest())).ready
+        """)
+        )
+        async with asyncio.timeout(60):
+            while not mark.exists():
+                assert not watcher.done(), watcher.result()
+                await asyncio.sleep(0.02)
+            rotate = [sys.executable, "-m", "clawker_cp.cli.ctl.main", "auth", "rotate"]
+            assert (await machine.host.run(rotate, env=machine.environment, timeout_s=40)).code == 0
+            new = (
+                await machine.host.run(["openssl", "x509", "-noout", "-serial", "-in", f"{auth}/tls/server.pem"])
+            ).out
+            for port, old in before.items():
+                assert old and old != new
+                while await shown(port) != new:
+                    await asyncio.sleep(0.05)
+            stop.touch()
+            said = await watcher
+        assert said["before"] and said["after"] and said["new"] is True
+        assert await served.stop() == 0
+
+
+async def test_with_the_firewall_down_a_signal_ends_the_server_too(machine: Machine) -> None:
+    """Down, up and down again, and then nothing waits for a proxy that nobody runs."""
+    async with serving(machine) as served:
+        said = await served.call("""
+            for _ in range(2):
+                await client.call("FirewallRemove", A.FirewallRemoveRequest())
+                await client.call("FirewallInit", A.FirewallInitRequest())
+            result["on"] = (await client.call("FirewallStatus", A.FirewallStatusRequest())).running
+            await client.call("FirewallRemove", A.FirewallRemoveRequest())
+        """)
+        assert said["on"] is True
+        begun = time.monotonic()
+        assert await served.stop() == 0 and time.monotonic() - begun < 15
+    assert "Invalid file descriptor" not in log_of(machine)

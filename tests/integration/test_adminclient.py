@@ -17,6 +17,7 @@ import pytest_asyncio
 from clawker_cp.adminclient import AdminClient, AsyncAdminClient, ClientIdentity, RpcFailed
 from clawker_cp.adminclient import client as client_module
 from clawker_cp.adminclient import tokens as tokens_module
+from clawker_cp.adminclient.failures import REMEDIES
 from clawker_cp.adminclient.messages import admin, to_json
 from clawker_cp.adminclient.tokens import TokenSource
 from clawker_cp.agents.database import Database
@@ -33,6 +34,7 @@ from clawker_cp.rpc.admin import AdminServicer
 from clawker_cp.rpc.auth import AuthInterceptor
 from clawker_cp.rpc.server import RpcServer
 from clawker_cp.rpc.services import admin_service
+from clawker_cp.rpc.status import REASONS
 from clawker_cp.rpc.tls import TlsMaterial
 from clawker_cp.runtime.asgi import Answer, Application, Request
 from clawker_cp.runtime.jwk import public_jwk
@@ -252,6 +254,29 @@ async def test_a_clock_that_is_behind_is_waited_for_and_named(world: World, monk
             await asyncio.sleep(0.05)
             assert not waiting.done()
             world.clock_offset_s = 0.0
+
+
+@pytest.mark.parametrize(("offset_s", "said"), [(-3600.0, r"ahead of the control"), (3600.0, "behind the control")])
+async def test_a_refusal_for_the_clock_says_so(world: World, offset_s: float, said: str) -> None:
+    """By how much and in which direction; with equal clocks the hint is the key."""
+    world.authority_clock = lambda: time.time() + offset_s
+    async with world.client() as client:
+        with pytest.raises(Unauthenticated) as refused:
+            await client.call("FirewallListRules", LIST)
+        assert refused.value.hint is not None and "signing.key" in refused.value.hint
+        world.clock_offset_s = offset_s
+        with pytest.raises(Unauthenticated) as refused:
+            await client.call("FirewallListRules", LIST)
+    assert refused.value.hint is not None and said in refused.value.hint
+    assert "3600 s" in refused.value.hint or "3599 s" in refused.value.hint
+
+
+async def test_every_reason_has_a_remedy() -> None:
+    """Whatever the server refuses with, a person is told what to do; so is who is refused without a reason."""
+    assert set(REMEDIES) == set(REASONS) - {"CP_NOT_RUNNING"}
+    for status in ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNAVAILABLE"):
+        assert "?" in (RpcFailed(status, "no").hint or "")
+    assert RpcFailed("INTERNAL", "no").hint is None
 
 
 async def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from clawker_cp._proto.clawker.control.v1 import control_pb2_grpc
 from clawker_cp.adminclient.failures import RpcFailed, failure_of
 from clawker_cp.adminclient.identity import SERVER_NAME, ClientIdentity
 from clawker_cp.adminclient.tokens import TokenSource
-from clawker_cp.errors import DeadlineExceeded
+from clawker_cp.errors import DeadlineExceeded, Unauthenticated
 
 CALL_LIMIT_S = 15.0
 LONG_CALL_LIMIT_S = 210.0
@@ -28,6 +28,9 @@ CLOCK_EVERY_S = 0.5
 SETTLE_LIMIT_S = 1.0
 # Two machines never agree exactly, and the authority forgives a minute.
 CLOCK_TOLERANCE_S = 1.0
+# From where on an assertion of half a minute may be refused for it.
+CLOCK_REFUSED_S = 30.0
+CLOCK_ASK_S = 2.0
 WITHOUT_TOKEN = frozenset({"GetSystemTime"})
 T = TypeVar("T")
 _CLOSED = "the client is not open: use `with`"
@@ -90,7 +93,7 @@ class AsyncAdminClient:
         stub = self._method(method)
         repeatable = method not in WITHOUT_TOKEN
         while True:
-            token = await self._tokens.token() if method not in WITHOUT_TOKEN else ""
+            token = await self._token() if method not in WITHOUT_TOKEN else ""
             try:
                 return await stub(request, timeout=timeout_s, metadata=_bearer(token))
             except grpc.aio.AioRpcError as error:
@@ -107,7 +110,7 @@ class AsyncAdminClient:
         stub = self._method(method)
         repeatable = isinstance(requests, Message)
         while True:
-            token = await self._tokens.token()
+            token = await self._token()
             call: Any = stub(requests, metadata=_bearer(token))
             try:
                 async for message in call:
@@ -140,6 +143,27 @@ class AsyncAdminClient:
                     f"the control plane's clock is {behind:.0f} s behind this one", hint="set both clocks"
                 )
             await asyncio.sleep(CLOCK_EVERY_S)
+
+    async def _token(self) -> str:
+        """A token; a refusal says by how much the clocks differ, if it is that."""
+        try:
+            return await self._tokens.token()
+        except Unauthenticated as error:
+            refusal = error
+        apart = await self._clocks_apart()
+        if abs(apart) < CLOCK_REFUSED_S:
+            raise refusal
+        where = "ahead of" if apart > 0 else "behind"
+        hint = f"this clock is {abs(apart):.0f} s {where} the control plane's: set both"
+        raise Unauthenticated(refusal.message, code=refusal.code, hint=hint)
+
+    async def _clocks_apart(self) -> float:
+        """By how many seconds this clock is ahead of the server's; 0 if it does not say."""
+        try:
+            answer = await self.call("GetSystemTime", admin_pb2.GetSystemTimeRequest(), timeout_s=CLOCK_ASK_S)
+        except RpcFailed:
+            return 0.0
+        return time.time() - float(answer.unix_nanos) / 1e9
 
     def _is_refused(self, error: grpc.aio.AioRpcError, token: str) -> bool:
         """

@@ -59,6 +59,7 @@ class LastingProcess:
         self._pidfd = -1
         self._pid = 0
         self._popen: subprocess.Popen[bytes] | None = None
+        self._watch: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     @property
     def pid(self) -> int:
@@ -87,17 +88,18 @@ class LastingProcess:
 
     async def wait(self) -> None:
         """
-        Wait until the process has ended.
+        Wait until the process has ended, or was let go; any number may wait.
         """
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
         if self._pidfd < 0:
             return
-        loop.add_reader(self._pidfd, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            loop.remove_reader(self._pidfd)
+        if self._watch is None:
+            # One for all who wait: a loop has one reader of a descriptor.
+            loop = asyncio.get_running_loop()
+            self._watch = (loop, asyncio.Event())
+            loop.add_reader(self._pidfd, self._has_ended)
+        await self._watch[1].wait()
+
+    def _has_ended(self) -> None:
         if self._popen is not None:
             self._popen.poll()
         self._let_go()
@@ -169,6 +171,10 @@ class LastingProcess:
         self._pid = pid
 
     def _let_go(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch[0].remove_reader(self._pidfd)
+            watch[1].set()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -48,6 +48,8 @@ async def supervise(
             part.recovered()
             return
         except Exception as error:
+            if cancelled():  # it failed while it was being ended: nobody wants it again
+                raise asyncio.CancelledError from error
             part.failed(error, critical=critical)
             if critical:
                 raise

@@ -73,3 +73,31 @@ async def test_what_cannot_be_started_says_so(tmp_path: Path) -> None:
     """A missing binary is `Unavailable`, naming it."""
     with pytest.raises(Unavailable, match="/nonexistent"):
         _make(tmp_path, "/nonexistent").start("d")
+
+
+async def test_all_who_wait_hear_of_the_end(tmp_path: Path) -> None:
+    """Who supervises it and who ends it wait at the same time; letting it live ends the waiting as well."""
+    process = _make(tmp_path)
+    process.start("d")
+    waiting = [asyncio.ensure_future(process.wait()) for _ in range(2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await process.stop()
+        await asyncio.gather(*waiting)
+    process.start("d")
+    pid = process.pid
+    waiting = [asyncio.ensure_future(process.wait())]
+    await asyncio.sleep(0)
+    process.let_live()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*waiting)
+    assert start_time(pid) is not None
+    process.start("d")  # adopted: a waiter that goes away leaves the others
+    leaving, staying = (asyncio.ensure_future(process.wait()) for _ in range(2))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.wait([leaving])
+        await process.stop()
+        await staying
+    assert leaving.cancelled()

@@ -108,6 +108,26 @@ async def test_return_ends_supervision() -> None:
         await supervise("once", once, blast_radius="")
 
 
+async def test_a_part_that_fails_while_it_is_ended_has_ended() -> None:
+    """Its failure is not a reason to begin anew: whoever cancelled it waits for it."""
+    begun = asyncio.Event()
+
+    async def part() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            raise ValueError("on the way out")
+
+    task = asyncio.ensure_future(supervise("part", part, blast_radius="none"))
+    await begun.wait()
+    task.cancel()
+    async with asyncio.timeout(5):
+        await asyncio.wait([task])
+
+    assert task.cancelled()
+
+
 async def test_an_ended_task_is_waited_for_and_one_that_does_not_end_is_ended() -> None:
     """Whoever stops waiting takes the task along; how it ended is nobody's business here."""
 
