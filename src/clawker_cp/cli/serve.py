@@ -75,7 +75,7 @@ def serve(
                     control_plane = ControlPlane(
                         settings,
                         directories,
-                        preflight(settings),
+                        preflight(settings, engine=engine.name),
                         engine,
                         where,
                         log_dir=log_dir,

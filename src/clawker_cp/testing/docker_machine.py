@@ -66,11 +66,12 @@ class DockerMachine:
 
 
 @asynccontextmanager
-async def docker_machine(**options: Any) -> AsyncIterator[DockerMachine]:
+async def docker_machine(*, own_pids: bool = False, **options: Any) -> AsyncIterator[DockerMachine]:
     """
-    A fresh machine, world and daemon; all are gone afterwards. `options` are `DockerWorld`'s.
+    A fresh machine, world and daemon; all are gone afterwards. `options` are `DockerWorld`'s, `own_pids` is
+    `HostNamespace`'s: a control plane that is a container needs a machine with processes of its own.
     """
-    async with HostNamespace() as host, World(host) as world, DockerWorld(host, **options) as docker:
+    async with HostNamespace(own_pids=own_pids) as host, World(host) as world, DockerWorld(host, **options) as docker:
         machine = Machine(host, world)
         machine.environment |= docker.environment()
         machine.environment["CLAWKER_CP_ENGINE"] = "docker"

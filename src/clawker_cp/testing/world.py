@@ -51,7 +51,7 @@ echo 1 > /proc/sys/net/ipv4/ip_forward
 echo ready
 exec sleep infinity
 """
-_ENTER = 'echo $$ > "$1"; pid=$2; wd=$3; shift 3; exec nsenter -t "$pid" -n -m --wdns="$wd" -- "$@"'
+_ENTER = 'echo $$ > "$1"; pid=$2; wd=$3; which=$4; shift 4; exec nsenter -t "$pid" $which --wdns="$wd" -- "$@"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +93,15 @@ class HostNamespace:
     A machine of the test's own: fresh network namespace, private /run and bpffs, no route out.
 
     cgroup2 is the machine's: BPF programs count depth from its real root, which a cgroup namespace hides.
-    What is started here lives in `cgroup`, sandboxes of `environment` in `agents`; leaving the context
-    kills every process in both and removes them. Use `run` and `popen`.
+    With `own_pids` its processes are its own too, so that /proc/1 is in its network namespace, as on a
+    machine that runs a control plane as container. What is started here lives in `cgroup`, sandboxes of
+    `environment` in `agents`; leaving the context kills every process in both and removes them. Use `run`
+    and `popen`.
     """
 
-    def __init__(self, prefix: str | None = None) -> None:
+    def __init__(self, prefix: str | None = None, *, own_pids: bool = False) -> None:
         self.prefix = prefix or new_prefix()
+        self._own_pids = own_pids
         self.directory = Path()
         self.mount = Path()
         self.cgroup = Path()
@@ -120,9 +123,13 @@ class HostNamespace:
             enter = 'echo $$ > "$1/cgroup.procs"; shift; exec "$@"'
             argv = ["sh", "-c", enter, "enter", str(self.cgroup), *_DIE_WITH_US]
             argv += ["unshare", "--net", "--mount", "--propagation", "private"]
+            if self._own_pids:
+                argv += ["--pid", "--fork", "--kill-child", "--mount-proc"]
             argv += ["sh", "-c", _HOLD, "hold", str(resolv)]
             self._holder = await _start(argv)
             self.pid = self._holder.pid
+            if self._own_pids:
+                self.pid = int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
         except BaseException:
             await self._remove()
             raise
@@ -154,7 +161,8 @@ class HostNamespace:
     def command(self, argv: Sequence[str], cwd: str = "/") -> list[str]:
         """The argument list that runs `argv` inside; for callers that start processes themselves."""
         procs = str(self.cgroup / "cgroup.procs")
-        return ["sh", "-c", _ENTER, "enter", procs, str(self.pid), cwd, *argv]
+        which = "-n -m -p" if self._own_pids else "-n -m"
+        return ["sh", "-c", _ENTER, "enter", procs, str(self.pid), cwd, which, *argv]
 
     def popen(self, argv: Sequence[str], *, cwd: str = "/", **options: Any) -> subprocess.Popen[Any]:
         """Start a process inside; the caller ends it, or leaving the context does."""

@@ -41,6 +41,7 @@ class DockerHost:
     daemon's cgroup driver and `default_parent` where it puts containers, if it was told.
     """
 
+    name = "docker"
     session_port = AGENT_DAEMON_PORT
 
     def __init__(

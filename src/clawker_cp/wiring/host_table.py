@@ -10,23 +10,27 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from clawker_cp.config import Settings
+from clawker_cp.config import Settings, environment
 from clawker_cp.engines.base import HostFeature
+from clawker_cp.engines.docker_client import endpoint_from, socket_path
 from clawker_cp.engines.host.cgroups import find_cgroup2
 from clawker_cp.engines.host.network import gateway_of
 from clawker_cp.engines.host.preflight import host_features
-from clawker_cp.errors import ClawkerError
+from clawker_cp.errors import ClawkerError, InvalidInput
 from clawker_cp.firewall.envoy.options import find_binary
 
+# What only sandboxes of the host engine need.
+_OF_SANDBOXES = frozenset(("bwrap", "bridge", "setpriv", "setsid", "limits", "seccomp"))
 
-def preflight(settings: Settings) -> list[HostFeature]:
+
+def preflight(settings: Settings, *, engine: str = "host") -> list[HostFeature]:
     """
-    What this host has of what enforcement needs. Looks only; changes nothing.
+    What this host has of what enforcement with an engine needs. Looks only; changes nothing.
     """
     root = os.geteuid() == 0
     nothing = "nothing can be enforced"
     pin_parent = Path(settings.firewall.pin_dir).parent
-    docker = Path("/var/run/docker.sock").exists()
+    docker = _daemon_socket().exists()
     rows = [
         HostFeature(
             "root", root, required=True, detail="running as root" if root else "not root", need="run with sudo",
@@ -50,17 +54,25 @@ def preflight(settings: Settings) -> list[HostFeature]:
             rows.append(HostFeature(name, True, required=True, detail=str(find())))
         except ClawkerError as error:
             rows.append(HostFeature(name, False, required=True, detail=str(error), need=error.hint or "", cost=nothing))
-    rows += [
-        replace(row, required=settings.firewall.host_ring) if row.name == "host ring" else row
-        for row in host_features(settings.host.bridge, settings.host.subnet, gateway_of(settings.host.subnet))
-    ]
+    for row in host_features(settings.host.bridge, settings.host.subnet, gateway_of(settings.host.subnet)):
+        if row.name == "host ring":
+            rows.append(replace(row, required=settings.firewall.host_ring))
+        elif engine == "host" or row.name not in _OF_SANDBOXES:
+            rows.append(row)
     rows.append(
         HostFeature(
-            "docker", docker, required=False, detail="daemon socket" if docker else "no daemon",
+            "docker", docker, required=engine == "docker", detail="daemon socket" if docker else "no daemon",
             need="a Docker daemon", cost="sandboxes of this host only",
         )
     )  # fmt: skip
     return rows
+
+
+def _daemon_socket() -> Path:
+    try:
+        return Path(socket_path(endpoint_from(environment())))
+    except InvalidInput:
+        return Path("/nonexistent")  # told where it is used
 
 
 def _kernel_at_least(major: int, minor: int) -> bool:

