@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from clawker_cp.agents.watcher import AgentListCeiling, AgentWatcher, AgentWatcherOptions
 from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput, Unavailable
 from clawker_cp.testing.clock import FakeClock
+from clawker_cp.testing.loops import LOOPS
 
 DEFAULTS = AgentWatcherOptions()
 
@@ -403,3 +404,21 @@ async def test_the_given_log_is_used() -> None:
         await host.pass_time(60)
 
     assert lines == ["agent_watcher_drained_to_zero"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        test_the_grace_is_time_not_polls,
+        test_a_poll_that_succeeds_resets_the_failures,
+        test_a_listing_that_hangs_is_a_failure_in_bounded_time,
+        test_the_callback_is_awaited_and_its_error_is_raised,
+        test_a_second_run_is_refused,
+        test_cancelled_between_polls,
+    ],
+)
+def test_on_both_loops(case: Callable[[], Coroutine[Any, Any, None]], loop: Any) -> None:
+    """What waits does the same on asyncio, which complains when debugged, and on uvloop."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(case())

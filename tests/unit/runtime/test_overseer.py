@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from clawker_cp.errors import Conflict, InvalidInput
 from clawker_cp.runtime.overseer import Heartbeat, Overseer, SubscriberStuck
 from clawker_cp.runtime.subscriptions import Overflow, SubscriberStatistics, Subscription
 from clawker_cp.testing.clock import FakeClock
+from clawker_cp.testing.loops import LOOPS
 
 
 class Number(msgspec.Struct, frozen=True):
@@ -537,3 +538,25 @@ async def test_a_heartbeat_cancelled_in_its_sleep_leaves_nothing() -> None:
     assert task.cancelled()
     assert clock.sleeping == 0
     assert overseer.statistics().published == 1
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        test_an_iteration_gets_what_is_published_while_it_waits,
+        test_a_handler_that_raises_harms_nobody_and_goes_on,
+        test_a_stuck_subscriber_is_reported_once_and_so_is_its_recovery,
+        test_close_drains_what_waits_and_counts_what_comes_later,
+        test_close_is_bounded_when_a_handler_hangs,
+        test_a_second_reader_is_refused,
+        test_a_cancelled_read_loses_nothing,
+        test_a_follower_cancelled_anywhere_leaves_a_working_bus,
+        test_a_cancelled_close_leaves_the_bus_closed_and_can_be_repeated,
+        test_a_heartbeat_cancelled_in_its_sleep_leaves_nothing,
+    ],
+)
+def test_on_both_loops(case: Callable[[], Coroutine[Any, Any, None]], loop: Any) -> None:
+    """What waits does the same on asyncio, which complains when debugged, and on uvloop."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(case())
