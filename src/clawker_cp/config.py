@@ -42,8 +42,6 @@ SUBSCRIBER_BUFFER = 4096
 BUS_HEARTBEAT_S, BUS_STUCK_AFTER_S = 10.0, 30.0
 BUS_CLOSE_LIMIT_S, BUS_CUT_LIMIT_S = 2.0, 0.5
 REPEATED_LOG_EVERY_S = 10.0
-# Containers in the worldview (agents/worldview.py), stopped ones too: four times `firewall.max_agents`.
-WORLD_ENTRIES = 16_384
 # One answer of the engine to how many agents run (agents/watcher.py).
 AGENT_LIST_LIMIT_S = 10.0
 # Files of contract 1.8.

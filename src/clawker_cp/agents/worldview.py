@@ -32,8 +32,10 @@ from clawker_cp.agents.world_messages import (
     SessionEnded,
     SessionEntry,
 )
-from clawker_cp.config import WORLD_ENTRIES
 from clawker_cp.runtime.tables import Table
+
+# Containers, stopped ones too: four times `firewall.max_agents`.
+WORLD_ENTRIES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
