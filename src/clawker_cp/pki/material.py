@@ -9,6 +9,7 @@ import hmac
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -40,6 +41,7 @@ class ListenerMaterial:
         self._ca = tree.path(CA.certificate)
         self._stamp: tuple[tuple[int, int], ...] = ()
         self._material: Material | None = None
+        self._served: WeakKeyDictionary[ssl.SSLContext, str] = WeakKeyDictionary()
 
     def read(self) -> Material:
         """
@@ -62,22 +64,24 @@ class ListenerMaterial:
         """
         A context for an asyncio listener: TLS 1.3, HTTP/1.1, no client certificate asked for.
         """
-        self.read()
+        mark = self.read().mark
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.set_alpn_protocols(["http/1.1"])
         context.load_cert_chain(self._certificate, self._key)
+        self._served[context] = mark
         return context
 
     def refresh(self, context: ssl.SSLContext) -> bool:
         """
         Give a context the present pair if it changed; new handshakes use it, connections go on.
         """
-        before = self._material
-        now = self.read()
-        if before is not None and now.mark == before.mark:
+        # Not against what was read last: probes read too, and would hide the change from here.
+        mark = self.read().mark
+        if self._served.get(context) == mark:
             return False
         context.load_cert_chain(self._certificate, self._key)
+        self._served[context] = mark
         return True
 
     def client_context(self) -> ssl.SSLContext:

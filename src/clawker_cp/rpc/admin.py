@@ -19,7 +19,7 @@ from clawker_cp._proto.clawker.admin.v1 import admin_pb2
 from clawker_cp.errors import InvalidInput
 from clawker_cp.firewall.merge import AddStatus, RemoveStatus
 from clawker_cp.firewall.rules import Rule
-from clawker_cp.rpc.limits import LONG_ANSWER_S, answer_within
+from clawker_cp.rpc.limits import LONG_ANSWER_S, answer_within, within
 from clawker_cp.rpc.rule_messages import egress_from_rule, rule_from_egress
 
 SOS_KEPT_S = 2.0
@@ -140,15 +140,15 @@ class AdminServicer:
         return admin_pb2.FirewallRemoveResult()
 
     async def FirewallEnable(self, request: Any, context: Any) -> admin_pb2.FirewallEnableResult:
-        await self._firewall.enable(request.container_id)
+        await within(context, self._firewall.enable(request.container_id))
         return admin_pb2.FirewallEnableResult()
 
     async def FirewallDisable(self, request: Any, context: Any) -> admin_pb2.FirewallDisableResult:
-        await self._firewall.disable(request.container_id)
+        await within(context, self._firewall.disable(request.container_id))
         return admin_pb2.FirewallDisableResult()
 
     async def FirewallBypass(self, request: Any, context: Any) -> admin_pb2.FirewallBypassResult:
-        await self._firewall.bypass(request.container_id, request.timeout_seconds)
+        await within(context, self._firewall.bypass(request.container_id, request.timeout_seconds))
         return admin_pb2.FirewallBypassResult()
 
     async def FirewallAddRules(self, request: Any, context: Any) -> admin_pb2.FirewallAddRulesResult:

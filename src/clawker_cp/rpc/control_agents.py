@@ -14,6 +14,7 @@ from clawker_cp.agents.roster import EnrolledAgent
 from clawker_cp.engines.base import HostFeature
 from clawker_cp.errors import InvalidInput
 from clawker_cp.rpc.control_rules import AgentFinder, bypass_end_unix
+from clawker_cp.rpc.limits import within
 from clawker_cp.runtime.health import Component
 
 MAX_REASON = 200
@@ -119,10 +120,11 @@ class AgentRpcs:
         if not request.reason.strip() or len(request.reason) > MAX_REASON:
             raise InvalidInput(f"reason: say why, in at most {MAX_REASON} characters")
         agent = self._find_running(request.agent)
-        return control_pb2.QuarantineResult(connections_cut=await self._verbs.quarantine(agent, request.reason.strip()))
+        cut = await within(context, self._verbs.quarantine(agent, request.reason.strip()))
+        return control_pb2.QuarantineResult(connections_cut=cut)
 
     async def Release(self, request: Any, context: Any) -> control_pb2.ReleaseResult:
-        await self._verbs.release(self._find_running(request.agent))
+        await within(context, self._verbs.release(self._find_running(request.agent)))
         return control_pb2.ReleaseResult()
 
     async def RevokeToken(self, request: Any, context: Any) -> control_pb2.RevokeTokenResult:

@@ -4,8 +4,14 @@ How long an answer may take, and how much a listener takes in (contract 5.5).
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from clawker_cp.errors import Unavailable
+
+T = TypeVar("T")
 
 ANSWER_S = 12.0  # the released CLI waits 15 s for everything
 LONG_ANSWER_S = 180.0  # and 210 s for Init and Reload
@@ -25,6 +31,22 @@ def answer_within(context: Any, limit_s: float = ANSWER_S) -> float:
     """
     left = context.time_remaining()
     return limit_s if left is None else max(min(left - MARGIN_S, limit_s), 0.05)
+
+
+async def within(context: Any, work: Awaitable[T]) -> T:
+    """
+    Await what a handler began, as long as it may take. Raises `Unavailable` (`STACK_UNHEALTHY`) after that: what was
+    accepted goes on without its caller.
+    """
+    limit_s = answer_within(context)
+    try:
+        async with asyncio.timeout(limit_s):
+            return await work
+    except TimeoutError:
+        raise Unavailable(
+            f"accepted, but not done within {limit_s:.0f} s", code="STACK_UNHEALTHY", details={"saved": "true"},
+            hint="it goes on; `clawkerctl status` says what is slow",
+        ) from None  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ async def test_a_running_listener_changes_its_certificate_and_keeps_connections(
 
     reader, writer, before = await connect()
     tree.rotate()
+    material.client_context()  # a probe reads the files first
     assert material.refresh(context) is True and material.refresh(context) is False
     other_reader, other_writer, after = await connect()
     assert before != after

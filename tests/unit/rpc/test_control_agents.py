@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from clawker_cp.engines.base import HostFeature
 from clawker_cp.errors import InvalidInput
 from clawker_cp.rpc.control_agents import AgentRpcs, Session, Status
 from clawker_cp.runtime.health import Component, Health
+
+# A call whose caller waits for ever.
+CALL = SimpleNamespace(time_remaining=lambda: None)
 
 
 def agent(name: str, project: str = "p", **more: Any) -> EnrolledAgent:
@@ -95,9 +99,9 @@ async def test_a_quarantine_needs_a_reason(agents: Agents) -> None:
     ref = control_pb2.AgentRef(project="p", agent="a")
     for reason in ("", "  ", "x" * 201):
         with pytest.raises(InvalidInput, match="reason"):
-            await rpcs(agents).Quarantine(control_pb2.QuarantineRequest(agent=ref, reason=reason), None)
-    answer = await rpcs(agents).Quarantine(control_pb2.QuarantineRequest(agent=ref, reason=" odd "), None)
-    await rpcs(agents).Release(control_pb2.ReleaseRequest(agent=ref), None)
+            await rpcs(agents).Quarantine(control_pb2.QuarantineRequest(agent=ref, reason=reason), CALL)
+    answer = await rpcs(agents).Quarantine(control_pb2.QuarantineRequest(agent=ref, reason=" odd "), CALL)
+    await rpcs(agents).Release(control_pb2.ReleaseRequest(agent=ref), CALL)
     assert answer.connections_cut == 4 and agents.told == [("a", "odd"), "a"]
 
 
