@@ -82,7 +82,9 @@ def find_roots(configured: str = "") -> Path:
                 hint="install the package ca-certificates, or name a PEM file",
             ) from error
         if not holds:
-            raise InvalidInput(f"envoy.trusted_ca names {configured}, which holds no certificate", hint="name a PEM file")
+            raise InvalidInput(
+                f"envoy.trusted_ca names {configured}, which holds no certificate", hint="name a PEM file"
+            )
         return Path(configured)
     for path in ROOTS:
         if path.is_file():
