@@ -355,6 +355,7 @@ class ControlPlane:
         self._listen(EventBridge(self._events, asyncio.get_running_loop()))
         self._listen(self._metrics.note)
         log.info("cp_starting", pid=os.getpid(), state=str(self._directories.state))
+        fresh = not (Path(self._settings.firewall.pin_dir) / "control").exists()
         await self._side.prepare()
         ending, ready = Drain(DRAIN_LIMIT_S), False
         try:
@@ -374,7 +375,8 @@ class ControlPlane:
             raise
         finally:
             # However a server that was ready ends, a failed part included, it drains once; a second signal ends that.
-            if ready and not cancelled():
+            # One that never was leaves what it found (I2); what it made itself, where nothing was, it takes away.
+            if (ready or fresh) and not cancelled():
                 await self._stop_serving(ending)
                 await self._drain(ending)
 

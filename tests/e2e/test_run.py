@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 
 import pytest
 
@@ -163,6 +164,7 @@ async def test_a_sandbox_sees_nothing_of_the_host(machine: Machine) -> None:
     """No host socket, BPF file system, cgroup file system, secret or process is visible inside."""
     code = """
 import os
+import signal
 shown = [n for n in os.listdir("/run") if os.listdir("/run/" + n)]
 print(shown, os.path.exists("/sys/fs/bpf"), os.path.exists("/sys/fs/cgroup"))
 print(os.path.exists("/etc/shadow"), os.path.exists("/var/run/docker.sock"), os.getuid() != 0)
@@ -226,3 +228,33 @@ async def test_nothing_is_left_when_the_last_sandbox_is_gone(machine: Machine) -
     assert done.code == 0, done.err
     assert "clawker" not in left.out
     assert left.code == 0, left.err
+
+
+async def test_a_run_that_waits_for_its_server_is_ended_by_a_signal(machine: Machine) -> None:
+    """Before the command runs nothing can take Ctrl-C but the client: it ends with 128 + signal, and so does its sandbox."""
+    stopped = machine.host.directory / "fake-envoy"
+    stopped.write_text(f"#!/bin/sh\n: > {machine.workdir}/started\nexec sleep 100\n")
+    stopped.chmod(0o755)
+    (machine.workdir / "started").unlink(missing_ok=True)
+    await machine.host.run(["sh", "-c", "while ip link show clawker0; do sleep 0.1; done >/dev/null 2>&1"])
+    environment = {**machine.environment, "CLAWKER_CP_ENVOY__BINARY": str(stopped)}
+    nothing = asyncio.subprocess.DEVNULL
+    process = await machine.host.start(
+        machine.argv(command=["true"]), env=environment, stdin=nothing, stdout=nothing, stderr=nothing
+    )
+    async with asyncio.timeout(30):
+        while not (machine.workdir / "started").exists():
+            await asyncio.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        code = await process.wait()
+    gone = await machine.host.run(
+        [
+            "sh",
+            "-c",
+            "for i in $(seq 300); do ip link show clawker0 >/dev/null 2>&1 || exit 0; sleep 0.1; done; exit 1",
+        ],
+        timeout_s=40,
+    )
+
+    assert code == 128 + signal.SIGINT
+    assert gone.code == 0

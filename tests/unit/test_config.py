@@ -77,8 +77,8 @@ def test_file(tmp_path: Path) -> None:
         ("telemetry: {otlp_endpoint: 'http://c:4318'}", "telemetry.otlp_endpoint: has to begin with https://"),
         ("fleet: {name: f}", "fleet: name and endpoints belong together"),
         ("- a", "is not a mapping of settings"),
-        ("engine: host\nengine: docker", "cannot be read"),
-        ("a: [", "cannot be read"),
+        ("engine: host\nengine: docker", "is not YAML"),
+        ("a: [", "is not YAML"),
     ],
 )
 def test_mistakes(tmp_path: Path, text: str, told: str) -> None:

@@ -35,8 +35,10 @@ from clawker_cp.rpc.local_protocol import SANDBOX_GONE, LocalChannel
 from clawker_cp.runtime.runner import run_main
 
 OWN_FAILURE = 125  # ruling R40
+ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-REATTACH_PATIENCE_S = 600.0
+REATTACH_PATIENCE_S = 600.0  # for a command that runs; one that does not yet is not worth that
+START_PATIENCE_S = 10.0
 STABLE_AFTER_S = 5.0  # a server that lives this long after we came is not one that our coming ends
 OUTPUT_DRAIN_S = 2.0
 
@@ -122,6 +124,8 @@ class RunClient:
         self._pending_signals: list[int] = []
         self._attached_at = time.monotonic()
         self._failing_since: float | None = None
+        self._alone = True  # no server has us just now
+        self._ended_by: int | None = None
 
     async def run(self) -> int:
         if not self._request["tty"]:
@@ -130,18 +134,24 @@ class RunClient:
             return await self._follow((bridge.slave, bridge.slave, bridge.slave), bridge)
 
     async def _follow(self, streams: tuple[int, int, int], bridge: TerminalBridge | None) -> int:
-        self._channel = await join_server(self._directories, streams)
-        await self._channel.send(self._request)
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
         async with asyncio.TaskGroup() as group:
             for number in FORWARDED:
-                loop.add_signal_handler(number, self._on_signal, group, number)
+                loop.add_signal_handler(number, self._on_signal, group, task, number)
             try:
+                self._channel = await join_server(self._directories, streams)
+                await self._channel.send(self._request)
                 return await self._events(streams, bridge)
+            except asyncio.CancelledError:
+                if self._ended_by is None or task is None:
+                    raise
+                task.uncancel()
+                return 128 + self._ended_by
             finally:
                 for number in FORWARDED:
                     loop.remove_signal_handler(number)
-                await self._channel.aclose()
+                if self._channel is not None:
+                    await self._channel.aclose()
 
     async def _events(self, streams: tuple[int, int, int], bridge: TerminalBridge | None) -> int:
         while True:
@@ -169,15 +179,21 @@ class RunClient:
                 return code
 
     def _lost(self) -> None:
-        """Say that the server is gone; raise if for ten minutes none has stayed."""
+        """Say that the server is gone; raise if none has stayed for as long as the command is worth."""
+        self._alone = True
         now = time.monotonic()
         if now - self._attached_at > STABLE_AFTER_S or self._failing_since is None:
             self._failing_since = now
-        elif now - self._failing_since > REATTACH_PATIENCE_S:
+        elif now - self._failing_since > self._patience_s:
             raise Unavailable(
-                "the server ends again and again", hint="enforcement holds; see `clawker-cp check` and the server's log"
+                "the server ends again and again",
+                hint=f"enforcement holds; the server's log is in {self._directories.logs}",
             )
         self._say("the server went away; enforcement holds, starting a new one", level="warning")
+
+    @property
+    def _patience_s(self) -> float:
+        return REATTACH_PATIENCE_S if self._started else START_PATIENCE_S
 
     async def _attach_again(self, streams: tuple[int, int, int]) -> None:
         if self._sandbox_id:
@@ -187,13 +203,16 @@ class RunClient:
         self._channel = await join_server(
             self._directories,
             streams,
-            patience_s=REATTACH_PATIENCE_S,
+            patience_s=REATTACH_PATIENCE_S if self._started else 0.0,
             tell=lambda why: self._say(f"no server yet, trying again: {why}", level="warning"),
         )
         # A dying server may still take a connection: the next `receive` then sees its end.
         with contextlib.suppress(Unavailable):
             await self._channel.send(request)
         self._attached_at = time.monotonic()
+        if self._started:
+            self._alone = False
+            await self._send_pending()
 
     async def _handle(self, message: dict[str, Any], bridge: TerminalBridge | None) -> int | None:
         event = message.get("event")
@@ -206,9 +225,8 @@ class RunClient:
             if bridge is not None:
                 bridge.release_slave()
                 bridge.start()
-            for number in self._pending_signals:
-                await self._forward(number)
-            self._pending_signals.clear()
+            self._alone = False
+            await self._send_pending()
         elif event == "flow":
             self._show(message["flow"])
         elif event == "warning":
@@ -219,13 +237,21 @@ class RunClient:
             return int(message["code"])
         return None
 
-    def _on_signal(self, group: asyncio.TaskGroup, number: int) -> None:
-        group.create_task(self._forward(number), name="run-signal")
+    def _on_signal(self, group: asyncio.TaskGroup, task: asyncio.Task[Any] | None, number: int) -> None:
+        if not self._alone:
+            group.create_task(self._forward(number), name="run-signal")
+        elif number in ENDING and task is not None and (not self._started or number in self._pending_signals):
+            # Nothing runs that could take it, or it was asked for twice while no server was there.
+            self._ended_by = number
+            task.cancel()
+        else:
+            self._pending_signals.append(number)
+
+    async def _send_pending(self) -> None:
+        while self._pending_signals:
+            await self._forward(self._pending_signals.pop(0))
 
     async def _forward(self, number: int) -> None:
-        if not self._sandbox_id:
-            self._pending_signals.append(number)
-            return
         if self._channel is not None:
             with contextlib.suppress(Unavailable):
                 await self._channel.send({"op": "signal", "signo": number})

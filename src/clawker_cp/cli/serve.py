@@ -16,7 +16,7 @@ import orjson
 
 from clawker_cp.app import ControlPlane
 from clawker_cp.cli.check import check
-from clawker_cp.errors import ClawkerError
+from clawker_cp.errors import ClawkerError, Unavailable
 from clawker_cp.pki.tree import CA, SERVER, SIGNING_JWK
 from clawker_cp.processes.first import leave_first_process
 from clawker_cp.runtime.runner import run_until_signal
@@ -92,11 +92,16 @@ def serve(
         context.exit(1)  # a second signal: nothing was taken apart, enforcement stays as it is
     except BaseExceptionGroup as group:
         error = _leaf(group)
+        error = _told(error) if isinstance(error, OSError) and not isinstance(error, ClawkerError) else error
         notify.failed(error)
         raise error from group
     except ClawkerError as error:
         notify.failed(error)
         raise
+    except OSError as error:
+        told = _told(error)
+        notify.failed(told)
+        raise told from error
     context.exit(code)
 
 
@@ -129,6 +134,12 @@ class _Notifier:
             return
         finally:
             os.close(fd)
+
+
+def _told(error: OSError) -> ClawkerError:
+    """What nobody below expected of a file or a socket, as one line."""
+    where = f"{error.filename}: " if error.filename else ""
+    return Unavailable(f"{where}{error.strerror or error}", hint="is the disk full or read-only?")
 
 
 def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

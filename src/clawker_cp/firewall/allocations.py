@@ -89,7 +89,8 @@ class Allocator:
     Hands out numbers for one compile, on top of a snapshot.
 
     Asking for something that has a number returns that number. What is not asked for until
-    `finish` is released. Not shared, not thread-safe.
+    `finish` is released. Not shared, not thread-safe. A number whose port is `busy`, held by a
+    program other than the proxy, is not given out, nor kept.
     """
 
     def __init__(
@@ -127,6 +128,8 @@ class Allocator:
         if key == GLOBAL:
             return POLICY_GLOBAL
         known = self._policies.get(key) or self._old.policies.get(key) or self._rested("policy", key)
+        if known is not None and (TCP, egress_port(known)) in self._busy:
+            known = None  # taken by another program while no proxy held it
         number = known if known is not None else self._new_policy()
         if len(self._policies) + 2 > self._max_policies and key not in self._policies:
             raise ExhaustedError("policies")
@@ -151,7 +154,7 @@ class Allocator:
         """Return the lowest free port of the band for (l4, dst, port); raises `ExhaustedError("listeners")`."""
         key = (l4, dst, port)
         number = self._listeners.get(key) or self._old.listeners.get(key) or self._rested("listener", key)
-        if number is None:
+        if number is None or (l4, number) in self._busy:
             number = self._new_listener(l4)
         self._listeners[key] = number
         self._uses.append(("listener", key, number))

@@ -110,6 +110,23 @@ def test_exhausted_bands_say_which_bound() -> None:
     assert caught.value.limit == "listeners"
 
 
+def test_a_kept_number_that_another_program_took_is_given_up() -> None:
+    """After a restart a listener and a policy whose ports are somebody else's get others; the rest keep theirs."""
+    first = Allocator(EMPTY)
+    (
+        first.policy("agent:p/a"),
+        first.policy("agent:p/b"),
+        first.listener(TCP, "x.com", 22),
+        first.listener(TCP, "y.com", 22),
+    )
+    again = Allocator(first.finish(), busy=frozenset({(TCP, 10001), (TCP, 12000)}))
+
+    assert again.listener(TCP, "x.com", 22) == 10003
+    assert again.listener(TCP, "y.com", 22) == 10002
+    assert again.policy("agent:p/a") == 4
+    assert again.policy("agent:p/b") == 3
+
+
 def test_a_policy_whose_egress_port_is_busy_is_passed_over() -> None:
     """Its number cannot be served."""
     allocator = Allocator(EMPTY, busy=frozenset({(TCP, 12000)}))

@@ -7,10 +7,12 @@ it is made anew at every start (R20). Synchronous and quick; called on the loop.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from clawker_cp.errors import Unavailable
 from clawker_cp.firewall.envoy.resources import CDS, LDS, ConfigFile
 
 # Each file before those that name what is in it.
@@ -47,7 +49,7 @@ class ConfigDirectory:
         return writing_order(n for n, file in files.items() if n not in known or known[n].digest != file.digest)
 
     def write(self, name: str, file: ConfigFile) -> None:
-        """Replace one file; raises `OSError`, the old one is whole then."""
+        """Replace one file; raises `Unavailable`, the old one is whole then."""
         self._version += 1
         replace_file(self._directory / name, file.document(self._version), 0o600 if file.secret else 0o640)
         self._written[name] = file
@@ -65,9 +67,16 @@ class ConfigDirectory:
 
 
 def replace_file(path: Path, data: bytes, mode: int) -> None:
-    """Replace a file by rename, with its mode from the first moment; raises `OSError`."""
+    """Replace a file by rename, with its mode from the first moment; raises `Unavailable`, nothing changed then."""
     temporary = path.with_name(f".clawker-{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise Unavailable(
+            f"{path} could not be written: {error.strerror}", hint="is the disk full or read-only?"
+        ) from error
