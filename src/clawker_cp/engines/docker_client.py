@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import socket
 import threading
@@ -76,15 +77,15 @@ class _Connection(UnixHTTPConnection):  # type: ignore[misc]
     call: threading.local
 
     def connect(self) -> None:
-        # As the SDK's, which leaves the socket open when nobody listens.
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # The SDK's own leaves the socket open when nobody listens.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            made.settimeout(self.timeout)
-            made.connect(self.unix_socket)
+            sock.settimeout(self.timeout)
+            sock.connect(self.unix_socket)
         except BaseException:
-            made.close()
+            sock.close()
             raise
-        self.sock = made
+        self.sock = sock
         self._tell()
 
     def request(self, *args: Any, **options: Any) -> Any:
@@ -395,14 +396,26 @@ class DockerClient:
         with _translated(self.endpoint, "events", self._limit_s):
             sdk = self._sdk(self._limit_s)
             try:
-                chunks = iter(sdk.events(since=since or None, filters={"type": list(kinds)}))
+                # Not sdk.events: its iterator takes a refusal for the end of the stream.
+                response = sdk.get(
+                    f"{sdk.base_url}/v{sdk.api_version}/events",
+                    params={"since": since or None, "filters": json.dumps({"type": list(kinds)})},
+                    stream=True,
+                    timeout=None,
+                )
+                _raise_for_status(response)
             except BaseException:
+                self._version = ""
                 sdk.close()
                 raise
 
         def read() -> Generator[bytes, None, None]:
-            with contextlib.closing(sdk), _translated(self.endpoint, "events", self._limit_s):
-                yield from chunks
+            with (
+                contextlib.closing(sdk),
+                contextlib.closing(response),
+                _translated(self.endpoint, "events", self._limit_s),
+            ):
+                yield from response.iter_content(None)
 
         return read()
 
@@ -455,6 +468,13 @@ class _TooSlow(Unavailable):
 
 def _too_slow(endpoint: str, what: str, limit_s: float) -> _TooSlow:
     return _TooSlow(f"the Docker engine at {endpoint} did not answer within {limit_s:.3g} s ({what})")
+
+
+def _raise_for_status(response: Any) -> None:
+    try:
+        response.raise_for_status()
+    except requests.exceptions.HTTPError as error:
+        docker.errors.create_api_error_from_http_exception(error)
 
 
 def _being_cancelled() -> bool:

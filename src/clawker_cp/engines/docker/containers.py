@@ -28,6 +28,7 @@ def describe(record: Mapping[str, Any], network: AgentNetwork) -> AgentContainer
     The container of an `inspect` answer, without what only the host knows: cgroup, interface, exposures.
     """
     state, settings = section(record, "State"), section(record, "NetworkSettings")
+    arguments = record.get("Args")
     running = state.get("Running") is True
     return AgentContainer(
         id=text(record.get("Id")),
@@ -39,7 +40,11 @@ def describe(record: Mapping[str, Any], network: AgentNetwork) -> AgentContainer
         pid=number(state.get("Pid")) if running else 0,
         publish=tuple(published(settings, section(record, "HostConfig"))),
         started_at_unix=unix_seconds(text(state.get("StartedAt"))),
-        command=tuple(text(word) for word in (record.get("Path"), *(record.get("Args") or ())) if text(word)),
+        command=tuple(
+            word
+            for word in (record.get("Path"), *(arguments if isinstance(arguments, list) else ()))
+            if isinstance(word, str) and word
+        ),
     )
 
 
