@@ -29,6 +29,7 @@ from clawker_cp.agents.quarantines import Quarantines
 from clawker_cp.agents.registration import Registration
 from clawker_cp.agents.registry import Registry
 from clawker_cp.agents.roster import Roster
+from clawker_cp.agents.worldview import Worldview
 from clawker_cp.config import Directories, Settings, environment
 from clawker_cp.dns.gate import Gate
 from clawker_cp.ebpf import Manager
@@ -79,6 +80,7 @@ from clawker_cp.wiring.reserved import learn_addresses
 from clawker_cp.wiring.sandbox_service import host_ids
 from clawker_cp.wiring.server_status import ServerStatus, implementations
 from clawker_cp.wiring.translation import gate_settings, refuse_host, refuse_what_is_not_offered
+from clawker_cp.wiring.world_feed import ContainerNames, tell_agent
 
 log = structlog.get_logger()
 
@@ -127,7 +129,10 @@ class ControlPlane:
         self._where = where
         self._ring = engine.ring if settings.firewall.host_ring else None
         network = engine.network
-        self._roster = Roster()
+        self._events = Overseer()
+        self._world = Worldview()
+        self._events.attach(self._world)
+        self._roster = Roster(tell_agent(self._events))
         self._connections = Connections()
         self._authority = InspectionAuthority(firewall / "certs")
         options = EnvoyOptions(
@@ -186,6 +191,7 @@ class ControlPlane:
             policies=self._names,
             kernel=self._manager,
             records=self._reports,
+            internal=ContainerNames(self._world),
         )
         self._enforcement.tell_withdrawn(self._gate.forget, self._reports.forget)
         engine.report_drops(self._reports.ring)
@@ -194,7 +200,6 @@ class ControlPlane:
     def _make_services(self) -> None:
         """What other programs call: firewall, agents, sandboxes, status."""
         settings, directories, network = self._settings, self._directories, self._engine.network
-        self._events = Overseer()
         self._health = HealthRegistry()
         self._startup = CPStartupOrchestrator(components=self._health.components)
         self._metrics = Metrics(

@@ -41,14 +41,20 @@ class EnrolledAgent:
         return self.bypass_until_ns > self.clock_ns()
 
 
+def _nobody_listens(_agent_id: str, _agent: EnrolledAgent | None) -> None:
+    return
+
+
 class Roster:
     """
     The enrolled agents, found by id, address or cgroup.
 
-    An address or cgroup held by two agents answers None: identity is exactly one match or none.
+    An address or cgroup held by two agents answers None: identity is exactly one match or none. `told` hears of
+    every change: the id, and what is known now, None = nothing any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[str, EnrolledAgent | None], None] = _nobody_listens) -> None:
+        self._told = told
         self._by_id: dict[str, EnrolledAgent] = {}
         self._by_address: dict[str, EnrolledAgent | None] = {}
         self._by_cgroup: dict[int, EnrolledAgent | None] = {}
@@ -59,6 +65,7 @@ class Roster:
         """
         self._by_id[agent.id] = agent
         self._index()
+        self._told(agent.id, agent)
 
     def update(self, agent_id: str, **changes: object) -> EnrolledAgent | None:
         """
@@ -75,8 +82,9 @@ class Roster:
         """
         Forget an agent; an unknown id changes nothing.
         """
-        self._by_id.pop(agent_id, None)
-        self._index()
+        if self._by_id.pop(agent_id, None) is not None:
+            self._index()
+            self._told(agent_id, None)
 
     def by_id(self, agent_id: str) -> EnrolledAgent | None:
         return self._by_id.get(agent_id)

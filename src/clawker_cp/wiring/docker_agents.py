@@ -36,6 +36,7 @@ from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_side import Part
 from clawker_cp.wiring.container_enforcement import ContainerEnforcement, Port
 from clawker_cp.wiring.docker_host import DockerHost
+from clawker_cp.wiring.world_feed import WorldFeed
 
 log = structlog.get_logger()
 
@@ -78,6 +79,7 @@ class DockerAgents:
         self._roster = roster
         self._registry = registry
         self._pin_dir = pin_dir
+        self._feed = WorldFeed(overseer, host.engine.inspect, host.existing, host.network.id)
         self._ring_log: RingLog | None = None
         self.resolver = host.engine
 
@@ -124,6 +126,7 @@ class DockerAgents:
         return [
             ("docker_events", self._feeder.run, late),
             ("enrolment", self._follow_events, late),
+            ("worldview", self._feed.run, "what is shown of containers is late"),
             ("cgroup_watch", self._watch_cgroups, "containers are linked when their start is told, not before"),
             ("bridge_ports", self._watch_ports, "ports without an agent may reach each other"),
             ("programs_swept", self._sweep, "links of dead cgroups stay"),

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 
+from clawker_cp.agents.roster import EnrolledAgent
 from clawker_cp.agents.world_messages import (
+    AgentChanged,
+    AgentEntry,
+    AgentForgotten,
     ContainerDestroyed,
     ContainerDied,
     ContainerDisconnected,
@@ -19,6 +23,7 @@ from clawker_cp.agents.world_messages import (
     ContainerSeen,
     ContainersListed,
 )
+from clawker_cp.agents.worldview import Worldview
 from clawker_cp.engines.base import AgentContainer
 from clawker_cp.engines.dockerevents import DockerEvent
 from clawker_cp.errors import NotFound
@@ -76,6 +81,35 @@ def told(event: DockerEvent) -> Told | None:
         case "network", "disconnect":
             return ContainerDisconnected(container_id, time_ns)
     return None
+
+
+def tell_agent(overseer: Overseer) -> Callable[[str, EnrolledAgent | None], None]:
+    """
+    What hears of the roster's changes, and tells the worldview.
+    """
+
+    def tell(agent_id: str, agent: EnrolledAgent | None) -> None:
+        if agent is None:
+            overseer.publish(AgentForgotten(agent_id))
+        else:
+            entry = AgentEntry(agent_id, enrolled=True, quarantined=agent.quarantined, policy=agent.policy)
+            overseer.publish(AgentChanged(entry))
+
+    return tell
+
+
+class ContainerNames:
+    """
+    Fulfils `dns.ports.Internal`: addresses of containers by name, as the worldview has them.
+    """
+
+    def __init__(self, world: Worldview) -> None:
+        self._world = world
+
+    def address_of(self, name: str, /) -> str | None:
+        """The address of the one running container of that name, None for none or several."""
+        found = [one.address for one in self._world.snapshot().containers.values() if one.name == name and one.running]
+        return found[0] if len(found) == 1 and found[0] else None
 
 
 class WorldFeed:
