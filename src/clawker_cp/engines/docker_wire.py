@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import threading
 from collections import deque
@@ -23,6 +24,7 @@ Json = dict[str, Any]
 # Messages that may wait for the reader of an event stream, and the longest one.
 EVENTS_WAITING, EVENT_BYTES = 8192, 1 << 20
 CLOSE_LIMIT_S = 5.0
+_WRONG_STATE = re.compile(r"is (not|already) (paused|running)", re.IGNORECASE)
 
 
 class Call:
@@ -185,7 +187,8 @@ def refusal(status: int, words: str, what: str) -> ClawkerError:
     message = f"{what}: {words.strip()[:500]}"
     if status == 404:
         return NotFound(message)
-    if status in {403, 409}:
+    # Some refusals for a container's state are server errors to the engine.
+    if status in {403, 409} or (status >= 500 and _WRONG_STATE.search(words)):
         return Conflict(message)
     if 400 <= status < 500:
         return InvalidInput(message)

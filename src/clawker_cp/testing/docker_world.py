@@ -28,7 +28,6 @@ from typing import Any, Self
 import docker
 
 from clawker_cp.engines.docker_client import DockerClient
-from clawker_cp.engines.host.process import start_time
 from clawker_cp.errors import ClawkerError
 from clawker_cp.testing.world import HostNamespace
 
@@ -91,6 +90,7 @@ class DockerWorld:
         self.endpoint = ""
         self.client = DockerClient()
         self._process: subprocess.Popen[bytes] | None = None
+        self._containerd: subprocess.Popen[bytes] | None = None
 
     async def __aenter__(self) -> Self:
         self.directory = self.host.directory / "docker"
@@ -99,6 +99,7 @@ class DockerWorld:
         self.client = DockerClient(self.endpoint)
         try:
             (self.directory / "daemon.json").write_text("{}")
+            await self._start_containerd()
             await self.start_daemon()
             await asyncio.to_thread(self._import_image)
         except BaseException:
@@ -114,12 +115,16 @@ class DockerWorld:
     @property
     def log(self) -> str:
         """What the daemon wrote so far."""
-        return (self.directory / "dockerd.log").read_text(errors="replace")
+        return (self.directory / "log").read_text(errors="replace")
 
     @property
     def cgroup(self) -> Path:
         """The cgroup2 directory that has the containers' ones."""
         return self.host.mount / self.cgroup_parent
+
+    @property
+    def _containerd_socket(self) -> Path:
+        return self.directory / "containerd.sock"
 
     @property
     def pid(self) -> int:
@@ -142,18 +147,8 @@ class DockerWorld:
             argv += ["--cgroup-parent", f"/{self.cgroup_parent}"]
         if self._live_restore:
             argv += ["--live-restore"]
-        # A daemon that was killed leaves its containerd as a zombie where process 1 reaps late; the next one
-        # would take it for alive and wait for it.
-        left = self.directory / "exec" / "containerd" / "containerd.pid"
-        if left.exists() and not start_time(int(left.read_text() or 0)):
-            left.unlink()
-        with (self.directory / "dockerd.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *self.host.command(argv)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        argv += ["--containerd", str(self._containerd_socket)]
+        self._process = self._spawn(argv)
         async with asyncio.timeout(START_S):
             while True:
                 with contextlib.suppress(ClawkerError):
@@ -167,13 +162,13 @@ class DockerWorld:
         """
         End the daemon in order: it stops its containers, unless they are to survive it.
         """
-        await self._end(signal.SIGTERM)
+        await _end(self._process, signal.SIGTERM)
 
     async def kill_daemon(self) -> None:
         """
         SIGKILL the daemon; its containers run on.
         """
-        await self._end(signal.SIGKILL)
+        await _end(self._process, signal.SIGKILL)
 
     def freeze_daemon(self, *, on: bool) -> None:
         """
@@ -194,14 +189,21 @@ class DockerWorld:
         """
         Create a container of the image and start it; returns its id. `usr` mounts the machine's programs.
 
-        `host_config` and `config` are the engine's own JSON. Process 1 ends at SIGTERM only if its program does.
+        `host_config` and `config` are the engine's own JSON. A stop is a kill, for process 1 ignores SIGTERM.
         """
         host = dict(host_config or {})
         if usr:
             host["Binds"] = [*host.get("Binds", ()), *HOST_USR]
         made = await self.client.create(
             name,
-            {"Image": IMAGE, "Cmd": list(argv), "Labels": dict(labels or {}), "HostConfig": host, **config},
+            {
+                "Image": IMAGE,
+                "Cmd": list(argv),
+                "Labels": dict(labels or {}),
+                "HostConfig": host,
+                "StopSignal": "SIGKILL",
+                **config,
+            },
         )
         if start:
             await self.client.start(made)
@@ -228,35 +230,66 @@ class DockerWorld:
                 image_archive(), repository=repository, tag=tag, changes=["ENV PATH=/bin:/usr/bin:/usr/sbin"]
             )
 
-    async def _end(self, number: signal.Signals) -> None:
-        process = self._process
-        if process is None:
-            return
-        if process.poll() is None:
-            process.send_signal(number)
-        async with asyncio.timeout(STOP_S):
-            while process.poll() is None:
+    async def _start_containerd(self) -> None:
+        # Of its own, as distributions run it: it outlives dockerd, and is ours to reap.
+        config = self.directory / "containerd.toml"
+        config.write_text(
+            f"""version = 2
+root = "{self.directory / "containerd"}"
+state = "{self.directory / "containerd-state"}"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = "{self._containerd_socket}"
+"""
+        )
+        self._containerd = self._spawn(["containerd", "--config", str(config), "--log-level", "warn"])
+        async with asyncio.timeout(START_S):
+            while not self._containerd_socket.is_socket():
+                if self._containerd.poll() is not None:
+                    raise RuntimeError(f"containerd did not start: {self.log[-3000:]}")
                 await asyncio.sleep(POLL_S)
+
+    def _spawn(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        with (self.directory / "log").open("ab") as log:
+            return subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *self.host.command(argv)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
 
     async def _remove(self) -> None:
         await self.client.aclose()
-        await self._end(signal.SIGKILL)
-        for cgroup in self._cgroups(self.host.mount):
-            with contextlib.suppress(OSError):
-                (cgroup / "cgroup.kill").write_text("1")
+        await _end(self._process, signal.SIGKILL)
+        await _end(self._containerd, signal.SIGKILL)
+        mounts = _cgroup_mounts()
+        left = [cgroup for mount in mounts for cgroup in self._cgroups(mount)]
+        for cgroup in left:
+            for file, value in (("freezer.state", "THAWED"), ("cgroup.freeze", "0"), ("cgroup.kill", "1")):
+                with contextlib.suppress(OSError):
+                    (cgroup / file).write_text(value)
+        if not self._default_parent:
+            left += [mount / self.cgroup_parent for mount in mounts]
+        left += [mount / self.host.agents.name for mount in mounts if mount != self.host.mount]
         async with asyncio.timeout(STOP_S):
-            for mount in _cgroup_mounts():
-                for cgroup in self._cgroups(mount):
-                    await _clear(cgroup)
+            for cgroup in left:
+                await _clear(cgroup)
 
     def _cgroups(self, mount: Path) -> list[Path]:
-        """What its containers may have left below one hierarchy; in the engine's default only theirs."""
-        if not self._default_parent:
-            # Containers that were given the machine's own parent left it in the version 1 hierarchies too.
-            names = [self.cgroup_parent, *([self.host.agents.name] if mount != self.host.mount else [])]
-            return [mount / name for name in names]
+        """Those of its containers in one hierarchy, below any parent that a test gives them."""
         kept = self.directory / "data" / "containers"
-        return [mount / self.cgroup_parent / path.name for path in kept.iterdir()] if kept.is_dir() else []
+        names = [path.name for path in kept.iterdir()] if kept.is_dir() else []
+        return [mount / parent / name for parent in (self.cgroup_parent, self.host.agents.name) for name in names]
+
+
+async def _end(process: subprocess.Popen[bytes] | None, number: signal.Signals) -> None:
+    if process is None:
+        return
+    if process.poll() is None:
+        process.send_signal(number)
+    async with asyncio.timeout(STOP_S):
+        while process.poll() is None:
+            await asyncio.sleep(POLL_S)
 
 
 def _cgroup_mounts() -> list[Path]:

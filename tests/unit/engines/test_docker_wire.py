@@ -13,7 +13,7 @@ import pytest_asyncio
 from clawker_cp.engines import docker_wire
 from clawker_cp.engines.docker_client import DockerClient
 from clawker_cp.engines.docker_wire import Call, innermost, mapping, mappings, refusal
-from clawker_cp.errors import CapacityExceeded, InvalidInput, NotFound, Unavailable
+from clawker_cp.errors import CapacityExceeded, Conflict, InvalidInput, NotFound, Unavailable
 from clawker_cp.testing.wayward_engine import Request, WaywardEngine, said, silent
 
 
@@ -208,6 +208,12 @@ def test_refusals_are_bounded_and_named() -> None:
     assert isinstance(error, NotFound)
     assert str(error).startswith("inspect x: no such thing")
     assert len(str(error)) < 600
+
+
+def test_wrong_state_is_a_conflict_also_as_a_server_error() -> None:
+    """Trying again does not help a container that is not paused, whatever status the engine gives that."""
+    assert isinstance(refusal(500, f"Container {'a' * 64} is not paused", "unpause"), Conflict)
+    assert isinstance(refusal(500, "no space left on device", "create"), Unavailable)
 
 
 def test_innermost_reason_is_found_also_in_a_circle() -> None:
