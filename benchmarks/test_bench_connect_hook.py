@@ -150,7 +150,7 @@ def test_connect(
     world.switch(budget=budget)
     times = TIMES if kind == "udp" else TIMES // 20
     took: dict[str, list[float]] = {who: [] for who in PEERS}
-    failures = {who: 0 for who in PEERS}
+    failures = dict.fromkeys(PEERS, 0)
 
     def turn() -> None:
         for number, (who, loop) in enumerate(loops.items()):

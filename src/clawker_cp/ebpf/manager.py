@@ -226,13 +226,6 @@ class Manager:
         rows = self._maps["container_map"].items()
         return {int.from_bytes(key, "little"): AgentConfig.unpack(row) for key, row in rows}
 
-    def bypass_until_ns(self, cgroup_id: int) -> int:
-        """
-        The deadline that the kernel has for an agent, 0 for none or one that is not enrolled.
-        """
-        row = self._maps["container_map"].get(_u64(cgroup_id))
-        return AgentConfig.unpack(row).bypass_until_ns if row is not None else 0
-
     def bypass(self, cgroup_id: int, until_ns: int) -> None:
         """
         Set the deadline (CLOCK_MONOTONIC ns, 0 = end now) up to which the kernel lets an agent pass.

@@ -152,7 +152,7 @@ def make_side(
         roster,
         quarantines,
         up=lambda: firewall.up,
-        bypass_until_ns=manager.bypass_until_ns,
+        bypass_until_ns=partial(_deadline, manager),
         quarantine_exposed=settings.firewall.on_exposure == "quarantine",
         settle=reports.settle,
     )
@@ -167,6 +167,12 @@ def make_side(
         Registry(database),
         pin_dir=Path(settings.firewall.pin_dir),
     )
+
+
+def _deadline(manager: Manager, cgroup_id: int) -> int:
+    """Until when the kernel lets an agent pass, as an earlier server left it; 0 for none."""
+    row = manager.agents().get(cgroup_id)
+    return row.bypass_until_ns if row is not None else 0
 
 
 def _daemon_is_there() -> bool:
