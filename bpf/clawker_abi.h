@@ -240,7 +240,9 @@ struct clawker_endpoint {
 	__u8 addr[16];
 	__u16 port;  /* 0 = unused */
 	__u8 reason; /* in `asked`: why datagrams there may go, so that only the first is recorded */
-	__u8 pad[5];
+	__u8 pad;
+	__u16 policy; /* in `peer`: the policy that redirected the connection, 0 = none did */
+	__u8 pad2[2];
 };
 CLAWKER_ASSERT_SIZE(struct clawker_endpoint, 24);
 

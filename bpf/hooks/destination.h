@@ -89,11 +89,11 @@ static __always_inline int judge(struct bpf_sock_addr *ctx, const struct clawker
 	s.policy = cfg ? cfg->policy : 0;
 	if (cfg && d->proxy_port) {
 		*target = redirect_target(cfg, d);
-		memory = remember(ctx, w, *target, d->proxy_port, d->reason, connects);
+		memory = remember(ctx, w, *target, d->proxy_port, d->reason, connects, s.policy);
 	} else if (connects) {
 		forget_peer(ctx);
 	} else if (d->verdict != CLAWKER_V_DENIED && d->reason != CLAWKER_R_LOOPBACK) {
-		memory = remember(ctx, w, w->addr, w->port, d->reason, false);
+		memory = remember(ctx, w, w->addr, w->port, d->reason, false, 0);
 	}
 	if (memory == CLAWKER_M_FAILED) {
 		d->proxy_port = 0;

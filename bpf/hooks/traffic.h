@@ -62,6 +62,23 @@ static __always_inline bool leaves_by_loopback(struct __sk_buff *skb, const stru
 	return foreign;
 }
 
+/* A connection to a port of the policy that its agent had when it was made, as long as that one has the port. */
+static __always_inline bool keeps_port(struct __sk_buff *skb, const struct clawker_config *cfg,
+				       const struct clawker_packet *p, const struct clawker_decision *d)
+{
+	struct clawker_control *now = switches();
+	struct clawker_proxy_port_key key = {
+		.generation = now ? now->generation : 0,
+		.port = p->peer.port,
+		.l4 = IPPROTO_TCP,
+	};
+
+	if (d->reason != CLAWKER_R_PROXY_PORT || p->l4 != IPPROTO_TCP)
+		return false;
+	key.policy = redirected_under(skb);
+	return key.policy && key.policy != cfg->policy && bpf_map_lookup_elem(&proxy_port_map, &key);
+}
+
 /* What both directions begin with. `true`: `*verdict` is final. */
 static __always_inline bool begin(struct __sk_buff *skb, struct clawker_subject *s, struct clawker_packet *p,
 				  struct clawker_decision *d, const struct clawker_config **cfg, int *verdict)
@@ -108,7 +125,8 @@ int clawker_egress(struct __sk_buff *skb)
 		return drop(skb, &s, &p, &d);
 	}
 	decide_packet(&d, cfg, &p.peer);
-	if (d.verdict != CLAWKER_V_DENIED || inbound(cfg, s.cgroup_id, &p, true, &rc) == CLAWKER_E_KNOWN)
+	if (d.verdict != CLAWKER_V_DENIED || inbound(cfg, s.cgroup_id, &p, true, &rc) == CLAWKER_E_KNOWN ||
+	    keeps_port(skb, cfg, &p, &d))
 		return CLAWKER_PASS;
 	return drop(skb, &s, &p, &d);
 }
@@ -133,7 +151,7 @@ int clawker_ingress(struct __sk_buff *skb)
 	/* A new connection only by admission; everything else also from where the agent may send. */
 	if (!p.opens) {
 		decide_packet(&d, cfg, &p.peer);
-		if (d.verdict != CLAWKER_V_DENIED)
+		if (d.verdict != CLAWKER_V_DENIED || keeps_port(skb, cfg, &p, &d))
 			return CLAWKER_PASS;
 	}
 	entry = inbound(cfg, s.cgroup_id, &p, false, &rc);

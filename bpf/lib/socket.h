@@ -92,7 +92,8 @@ static __always_inline enum clawker_memory remember_datagram(struct clawker_sock
 
 /* Keeps what a redirected connect() asked for (getpeername), and for datagrams the way back. */
 static __always_inline enum clawker_memory remember(struct bpf_sock_addr *ctx, const struct clawker_want *asked,
-						    const __u8 *real, __u16 real_port, __u8 reason, bool connects)
+						    const __u8 *real, __u16 real_port, __u8 reason, bool connects,
+						    __u32 policy)
 {
 	struct clawker_socket *storage = NULL;
 
@@ -105,6 +106,7 @@ static __always_inline enum clawker_memory remember(struct bpf_sock_addr *ctx, c
 	if (connects) {
 		__builtin_memcpy(storage->peer.addr, asked->addr, 16);
 		storage->peer.port = asked->port;
+		storage->peer.policy = (__u16)policy;
 	}
 	if (asked->l4 != IPPROTO_UDP)
 		return CLAWKER_M_NEW;
@@ -164,6 +166,24 @@ static __always_inline bool peer_of(struct bpf_sock_addr *ctx, struct clawker_en
 		return false;
 	*peer = storage->peer;
 	return true;
+}
+
+/*
+ * Under which policy a connection was redirected, 0 for none. An agent that changes policy keeps the old
+ * one's proxy ports for connections that exist (contract 7.6); what they no longer allow is cut (R13).
+ */
+static __always_inline __u32 redirected_under(struct __sk_buff *skb)
+{
+	struct clawker_socket *storage;
+	struct bpf_sock *sk = skb->sk;
+
+	if (!sk)
+		return 0;
+	sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return 0;
+	storage = bpf_sk_storage_get(&flow_map, sk, NULL, 0);
+	return storage && storage->peer.port ? storage->peer.policy : 0;
 }
 
 /* Whether a record of this socket's packets being dropped for this reason was written within a second. */

@@ -82,6 +82,25 @@ def test_everything_else_is_refused_at_once(
     assert world.arrived() == []
 
 
+def test_a_connection_keeps_the_port_of_the_policy_it_was_made_under(world: SocketWorld, agent: Actor) -> None:
+    """After its agent has moved to another policy it goes on, as long as the old one has the port; a new one cannot."""
+    handle = agent.tcp()
+    agent("connect", handle, TARGET, HTTPS)
+    agent("send", handle, "one")
+    first = agent("receive", handle)[0]
+    world.configure(agent, policy=2)
+    agent("send", handle, "two")
+    second = agent("receive", handle)[0]
+    straight = agent.error("connect", agent.tcp(), GATEWAY, 10001)
+    world.configure(agent, policy=2, quarantined=True)
+    agent("send", handle, "three")
+    world.configure(agent, policy=2)
+
+    assert (first, second) == (f"{GATEWAY}|10001|one", f"{GATEWAY}|10001|two")
+    assert straight == "EACCES"
+    assert "denied quarantined" in world.decisions()
+
+
 def test_root_has_no_exemption(world: SocketWorld, agent: Actor) -> None:
     """The agents here run as uid 0 with every capability: nothing passes for that (threats 1, 19)."""
     (uid,) = {event.uid for event in _after(world, agent.error("connect", agent.tcp(), OTHER, 80))}

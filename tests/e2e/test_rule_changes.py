@@ -15,7 +15,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from clawker_cp.testing.escapes import START
 from clawker_cp.testing.machine import Machine, Outcome, outcome
+from clawker_cp.testing.served import serving
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -85,6 +87,28 @@ while not os.path.exists("stop"):
     assert frame[2:] == b"ping", frame
     count += 1
 print("FRAMES", count > 10, flush=True)
+"""
+
+
+# One TLS connection, asked again and again; says how each went.
+ASKING = """
+import socket, ssl, time
+s = ssl.create_default_context().wrap_socket(
+    socket.create_connection(("api.example.com", 443), 5), server_hostname="api.example.com")
+s.settimeout(3)
+while True:
+    try:
+        s.sendall(b"GET /echo HTTP/1.1\\r\\nHost: api.example.com\\r\\n\\r\\n")
+        answer = b""
+        while b"}" not in answer:
+            got = s.recv(65536)
+            if not got: raise OSError("closed")
+            answer += got
+        print("answered")
+    except OSError as error:
+        print("broken", error)
+        time.sleep(1)
+    time.sleep(0.05)
 """
 
 
@@ -232,3 +256,43 @@ async def test_a_rules_file_nobody_can_read_changes_nothing(machine: Machine) ->
     assert "not readable" in refused.err
     assert allowed.code == 0, allowed.err
     assert done.out.splitlines() == ["KEPT tcp:db.example.com:5432"], done.err[-1500:]
+
+
+async def test_an_agent_that_changes_policy_keeps_what_both_allow(machine: Machine) -> None:
+    """A grant moves an agent to a policy of its own, its end does not cut either; a rule for the host does (R13)."""
+    async with serving(machine) as served:
+        said = await served.call(
+            START
+            + f"""
+await client.call("PutRules", C.PutRulesRequest(rules=[C.Rule(egress=A.EgressRule(dst="api.example.com"))]))
+sandbox, stream = await start("moves", {ASKING!r})
+lines = Lines(stream)
+async def answered(times):
+    for _ in range(times):
+        word = await lines.next()
+        result["broken"] = result.get("broken", False) or word != "answered"
+await lines.until("answered")
+me = C.AgentRef(container_id=sandbox.id)
+before = (await client.call("GetEffectiveRules", C.GetEffectiveRulesRequest(agent=me))).policy
+grant = await client.call("Grant", C.GrantRequest(
+    agent=me, egress=A.EgressRule(dst="www.example.com"), duration_seconds=600, reason="a test"))
+moved = (await client.call("GetEffectiveRules", C.GetEffectiveRulesRequest(agent=me))).policy
+result["moved"] = before != moved
+await answered(10)
+result["granted"] = result["broken"]
+await client.call("DeleteRules", C.DeleteRulesRequest(ids=[grant.rule.id]))
+await answered(10)
+result["ended"] = result["broken"]
+await client.call("PutRules", C.PutRulesRequest(rules=[C.Rule(
+    scope="agent:esc/moves", egress=A.EgressRule(dst="api.example.com", path_rules=[A.PathRule(path="/echo")]))]))
+until = time.monotonic() + 5
+while time.monotonic() < until and await lines.next() == "answered":
+    pass
+result["cut_after_s"] = 5 - (until - time.monotonic())
+await remove(sandbox)
+""",
+            timeout_s=90,
+        )
+
+    assert said["moved"] and said["granted"] is False and said["ended"] is False
+    assert said["cut_after_s"] < 2

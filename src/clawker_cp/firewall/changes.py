@@ -105,7 +105,8 @@ class Wanted:
     """
     Everything a compile depends on that changes at run time.
 
-    `unknown`: the stored rules cannot be read, so nobody's rules may open anything (R21).
+    `unknown`: the stored rules cannot be read, so nobody's rules may open anything (R21). `former`: policy keys
+    that living agents had before their present one, by agent: sockets that exist keep those ports (contract 7.6).
     """
 
     stored: tuple[Rule, ...] = ()
@@ -116,6 +117,7 @@ class Wanted:
     learn: frozenset[str] = frozenset()
     concrete: Mapping[str, Materialised] = field(default_factory=lambda: MappingProxyType({}))
     unknown: bool = False
+    former: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def learning(self) -> frozenset[str]:
@@ -126,6 +128,19 @@ class Wanted:
         if self.unknown:
             return ()
         return (*close(self.stored, self.closing, self.close_wildcards), *self.ephemeral)
+
+
+def outlived(wanted: Wanted, old: Plan, new: Plan) -> Wanted:
+    """
+    The same with the policy keys that agents leave by a change, and without those of agents that are gone.
+    """
+    left = {
+        (agent, old.policies[before].key)
+        for agent, (before, _after) in moved_agents(old, new).items()
+        if before in old.policies
+    }
+    former = frozenset(one for one in wanted.former | left if one[0] in wanted.agents)
+    return replace(wanted, former=former)
 
 
 def read_ephemeral(rules: str | Sequence[Rule | Mapping[str, Any]], scope: str) -> list[Rule]:

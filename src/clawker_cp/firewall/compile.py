@@ -83,6 +83,7 @@ class _Compiler:
         concrete: Mapping[str, Materialised],
         now: float,
         learn: frozenset[str],
+        lingering: frozenset[str],
         previous: Compiled | None,
     ) -> None:
         self._positions: dict[Rule, int] = {}
@@ -92,6 +93,7 @@ class _Compiler:
         self._topology = topology
         self._concrete = concrete
         self._learn = learn
+        self._lingering = lingering
         self._known = previous.parts if previous is not None and previous.topology == topology else {}
         self._allocator = Allocator(allocations, max_policies=topology.max_policies, busy=topology.busy, now=now)
         self._by_scope: defaultdict[str, list[Facts]] = defaultdict(list)
@@ -116,6 +118,11 @@ class _Compiler:
                 self._capacity(key, exhausted.limit)
                 if exhausted.limit == "policies":
                     break
+        for key in sorted(self._lingering - keys, key=scope_order):
+            try:
+                self._policy(key)
+            except ExhaustedError:
+                return  # what is only kept for a while makes room for what is asked for
 
     def finish(self, agents: Mapping[str, int]) -> Compiled:
         """Put the parts together; only without problems."""
@@ -254,6 +261,7 @@ def compile_plan(
     concrete: Mapping[str, Materialised] | None = None,
     now: float,
     learn: frozenset[str] = frozenset(),
+    lingering: frozenset[str] = frozenset(),
     previous: Compiled | None = None,
 ) -> Compiled | list[Problem]:
     """
@@ -261,7 +269,8 @@ def compile_plan(
 
     `rules` are valid and normalised. `agents` are agent scope keys ("agent:p/a") whose policy
     numbers are wanted; every scope with a rule has a policy whether or not an agent lives there.
-    `concrete` is keyed by policy key, `now` is Unix seconds, `learn` are agent scope keys.
+    `concrete` is keyed by policy key, `now` is Unix seconds, `learn` are agent scope keys. `lingering` are policy
+    keys that keep their listeners without a rule of their own, for connections that agents made under them.
     `previous` only makes it faster: policies whose rules are the same are taken over from it.
     Returns all problems, indexed by position in `rules`, if there is any. Never raises for bad
     rules. Takes milliseconds per hundred changed rules: call it through a thread.
@@ -269,7 +278,7 @@ def compile_plan(
     if len(rules) > MAX_RULES_STORED:
         text = f"has {len(rules)} rules, at most {MAX_RULES_STORED} can be kept"
         return [Problem(MAX_RULES_STORED, rules[MAX_RULES_STORED].dst, "store", text, "CAPACITY", "rules")]
-    compiler = _Compiler(rules, topology, allocations, concrete or {}, now, learn, previous)
+    compiler = _Compiler(rules, topology, allocations, concrete or {}, now, learn, lingering, previous)
     compiler.run()
     if compiler.problems:
         return sorted(compiler.problems.values(), key=lambda problem: (problem.index, problem.field))

@@ -74,4 +74,14 @@ def may_stay(old: HostTable, new: HostTable, host: str, port: int, *, tls: bool)
         return False
     if old.policy.key == new.policy.key:
         return isinstance(after, Passthrough) == isinstance(old.find(host, port, tls=tls), Passthrough)
-    return tls and after == old.find(host, port, tls=tls)
+    return equal_in_both(old, new, host, port, tls=tls)
+
+
+def equal_in_both(old: HostTable, new: HostTable, host: str, port: int, *, tls: bool) -> bool:
+    """
+    Whether origin, port and deciding rules of a host are the same in both, and it can carry no other host.
+    """
+    after = new.find(host, port, tls=tls)
+    if not tls or after is None or isinstance(after, DeniedHost):
+        return False
+    return after == old.find(host, port, tls=tls)

@@ -35,6 +35,7 @@ from clawker_cp.firewall.changes import (
     lost_destinations,
     moved_agents,
     only_closes,
+    outlived,
     read_ephemeral,
     refusal,
     stored_not_live,
@@ -437,8 +438,17 @@ class Reconciler:
             concrete=wanted.concrete,
             now=self._wall(),
             learn=wanted.learning,
+            lingering=self._lingering(wanted),
             previous=self._compiled,
         )
+
+    def _lingering(self, wanted: Wanted) -> frozenset[str]:
+        """Policy keys under which living agents may have connections: those before, and the present one."""
+        if self._compiled is None:
+            return frozenset()
+        plan = self._compiled.plan
+        present = {plan.policies[plan.agents[agent]].key for agent in wanted.agents if agent in plan.agents}
+        return frozenset(present | {key for agent, key in wanted.former if agent in wanted.agents})
 
     def _compile_what_holds(self) -> tuple[Compiled, tuple[Problem, ...]]:
         return drop_until_it_compiles(self._wanted.rules, lambda rules: self._compile(self._wanted, rules))
@@ -487,7 +497,7 @@ class Reconciler:
         if progress is not None:
             progress.saved = True
         previous = self._wanted
-        self._accept(wanted, found)
+        self._accept(outlived(wanted, old, found.plan), found)
         if not same:
             self.version += 1
         if closing:

@@ -148,6 +148,12 @@ class ContainerEnforcement:
         while path is not None and _populated(path, cgroup_id):
             await self._clock.sleep(DEATH_POLL_S)
 
+    async def cut_strangers(self, agent: EnrolledAgent) -> None:
+        """
+        See `Enforcement.cut_strangers`.
+        """
+        await self._enforcement.cut_strangers(agent)
+
     async def withdraw(self, agent: EnrolledAgent) -> None:
         """
         Take back everything of a dead container: frames first, then the row, then the programs.

@@ -137,6 +137,7 @@ class DockerAgents:
         await self._lives.reconcile()
         for agent in self._roster:
             agents.follow_bypass(agent)
+            await self._enforcement.cut_strangers(agent)
         return []
 
     def close(self) -> None:

@@ -19,9 +19,10 @@ from clawker_cp.engines.base import AgentNetwork, Publish
 from clawker_cp.engines.host.ring import Direct
 from clawker_cp.engines.host.sockets import SocketInfo
 from clawker_cp.errors import ClawkerError
+from clawker_cp.firewall.allocations import EGRESS_GLOBAL, NEVER
 from clawker_cp.firewall.changes import Change
 from clawker_cp.firewall.direct import passed, passes
-from clawker_cp.firewall.hosts import HostTable, may_stay
+from clawker_cp.firewall.hosts import HostTable, equal_in_both, may_stay
 from clawker_cp.firewall.plan import Plan, Policy
 from clawker_cp.telemetry.connections import Connections
 
@@ -30,6 +31,7 @@ log = structlog.get_logger()
 CONTROL_PORTS = (4444, 7080, 7444)  # of the control plane, as agents see it (contract 1.3)
 
 
+PROXY_PORTS = range(EGRESS_GLOBAL, 32000)  # every band of contract 1.1
 INBOUND = {"host": InboundFrom.HOST, "published": InboundFrom.ANY}
 
 
@@ -171,6 +173,20 @@ class Enforcement:
 
         return await self._cut(agent, unruled, "bypass")
 
+    async def cut_strangers(self, agent: EnrolledAgent) -> int:
+        """
+        Destroy connections to listeners that an adopted agent's policy does not have: the kernel lets those pass
+        that were made under an earlier policy, and who judged them may have died in the middle of a change.
+        """
+        policy = self._plan().policies.get(agent.policy)
+        ports, proxy = _listeners(policy) if policy is not None else set(), self._engine.network.proxy
+
+        def stranger(info: SocketInfo) -> bool:
+            port = info.destination_port
+            return info.destination == proxy and port in PROXY_PORTS and port not in NEVER and port not in ports
+
+        return await self._cut(agent, stranger, "rule")
+
     async def isolate(self, agent: EnrolledAgent) -> int:
         """
         Leave an agent nothing but the control plane; returns how many of its connections that cut.
@@ -244,31 +260,38 @@ class Enforcement:
             if old == new and not change.moved.get(agent.key) and change.old.cidrs == change.new.cidrs:
                 continue
             try:
-                count += await self._engine.cut(agent.id, self._doomed(agent, old, new, change.new))
+                count += await self._engine.cut(agent.id, self._doomed(agent, old, new, change))
             except (ClawkerError, OSError) as error:
                 log.warning("connections_not_cut", id=agent.id[:12], cause=str(error))
         if count:
             log.info("connections_cut", count=count, cause="rule")
         return count
 
-    def _doomed(self, agent: EnrolledAgent, old: Policy, new: Policy, plan: Plan) -> Callable[[SocketInfo], bool]:
+    def _doomed(self, agent: EnrolledAgent, old: Policy, new: Policy, change: Change) -> Callable[[SocketInfo], bool]:
         """
         Which of an agent's sockets have no permission left: proxied ones by what the proxy last said
         of them or by their listener, direct ones by their address.
         """
+        plan = change.new
         network = self._engine.network
         old_hosts, new_hosts = HostTable.of(old), HostTable.of(new)
-        forbidden = {
-            (source, live.listener)
-            for source, live in self._connections.of(agent.address).items()
-            if live.listener in _http_listeners(old)
-            and not may_stay(old_hosts, new_hosts, live.host, live.port, tls=live.tls)
-        }
-        gone = _listeners(old) - _listeners(new)
+        read, ports = _http_listeners(old) & _http_listeners(new), _listeners(new)
+        proxies = {row.port for row in change.old.proxy_ports} | ports
+        kept: set[tuple[int, int]] = set()
+        forbidden: set[tuple[int, int]] = set()
+        for source, live in self._connections.of(agent.address).items():
+            stays = may_stay(old_hosts, new_hosts, live.host, live.port, tls=live.tls)
+            if live.listener not in ports:
+                # A listener of a policy that the agent has left, now or earlier: only what is equal in both stays.
+                stays = stays and equal_in_both(old_hosts, new_hosts, live.host, live.port, tls=live.tls)
+            (kept if stays else forbidden).add((source, live.listener))
 
         def doomed(info: SocketInfo) -> bool:
             if info.destination == network.proxy:
-                return info.destination_port in gone or (info.source_port, info.destination_port) in forbidden
+                here, port = (info.source_port, info.destination_port), info.destination_port
+                if port in ports:
+                    return port in read and here in forbidden
+                return port in proxies and here not in kept
             if info.destination in network.served or info.destination.startswith("127.") or ":" in info.destination:
                 return False
             return not passes(plan, new.id, info.protocol, info.destination, info.destination_port)

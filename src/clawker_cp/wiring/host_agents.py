@@ -64,6 +64,7 @@ class HostAgents:
     ) -> None:
         self._engine = engine
         self._policy = policy
+        self._enforcement = enforcement
         self._manager = manager
         self._reports = reports
         self._quarantines = quarantines
@@ -153,6 +154,7 @@ class HostAgents:
                 quarantined=quarantined is not None,
             )
             agents.follow_bypass(agent)
+            await self._enforcement.cut_strangers(agent)
         except ClawkerError as error:
             log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
 
