@@ -9,7 +9,7 @@
 #include "kernel.h"
 #include "clawker_abi.h"
 
-/* One level below the agents' parent cgroup; set by the loader before load. */
+/* One level below the agents' parent cgroup, or a container's own level; set by the loader before load. */
 SEC(".rodata.level") const volatile __u32 clawker_agent_level = 1;
 
 /* cgroup id -> config. Written by the manager, read by every program, removed on death. */

@@ -3,9 +3,9 @@
  * socket.h - whose socket this is, and what it asked for before it was redirected.
  *
  * The agent is the ancestor of the socket's own cgroup at `clawker_agent_level`; the current
- * task's cgroup would be wrong for a socket that was handed over. (Containers that cannot be put
- * below the agents' parent will bring programs of their own, attached to their cgroup and loaded
- * with that cgroup's level: nothing here changes for them.)
+ * task's cgroup would be wrong for a socket that was handed over. A container that is not below the
+ * agents' parent brings programs of its own, attached to its cgroup and loaded with that cgroup's
+ * level (ebpf/attachments.py): nothing here is different for it.
  */
 #ifndef CLAWKER_SOCKET_H
 #define CLAWKER_SOCKET_H

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from clawker_cp.ebpf.attachments import ATTACH, CGROUP
 from clawker_cp.ebpf.config import AgentConfig
 from clawker_cp.ebpf.manager import Manager
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
+from clawker_cp.testing.bpf_abi import root
 from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
 
 pytestmark = pytest.mark.root
@@ -216,6 +218,20 @@ def test_flushing_asks_the_pins(loaded: Place) -> None:
         loaded.manager.flush()
     loaded.manager.flush()
     assert not loaded.pins.exists()
+
+
+def test_the_manual_lists_every_pin(loaded: Place) -> None:
+    """docs/bpf.md has a row for each kind of pin, with who removes it, and none for what is not pinned."""
+    number = loaded.manager.attach(loaded.cgroup("engine/box"))
+    programs = "|".join(WHOLE)
+    kinds = set()
+    for path in loaded.pins.rglob("*"):
+        name = str(path.relative_to(loaded.pins)).replace(str(number), "<cgroup id>")
+        if path.is_symlink() or not path.is_dir():
+            kinds.add(re.sub(rf"({programs})$", "<program>", name) if "/" in name else "<map>")
+    manual = (root() / "docs/bpf.md").read_text().split("\n## Pins\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| [^|]+ \| ([^|]+) \|$", manual, re.M)
+    assert {pin for pin, remover in rows if remover.strip()} == kinds
 
 
 def test_nothing_is_attached_before_the_load(place: Place) -> None:
