@@ -124,8 +124,9 @@ static __always_inline bool within_budget(struct clawker_state *state, __u32 bud
 }
 
 /*
- * `now_ns` is the clock of the budget: the coarse one where the hook has it, which is all but
- * setsockopt. The precise clock is read for what is written only.
+ * `now_ns` is the coarse clock where the hook has it, which is all but setsockopt. It moves with the
+ * timer's tick, a millisecond or four, for a tenth of the precise one's price, and is near enough for a
+ * budget and a record's time; what orders an agent's records is their sequence.
  */
 static __always_inline void record(const struct clawker_subject *s, const struct clawker_want *w,
 				   const struct clawker_decision *d, __u64 now_ns)
@@ -153,7 +154,7 @@ static __always_inline void record(const struct clawker_subject *s, const struct
 		count_error(CLAWKER_S_RING, 0);
 		return;
 	}
-	event->ktime_ns = bpf_ktime_get_ns();
+	event->ktime_ns = now_ns;
 	event->cgroup_id = s->cgroup_id;
 	event->sequence = sequence;
 	event->cookie = s->cookie;
