@@ -460,8 +460,14 @@ class HostEngine:
         if mark.exists():
             return mark.read_text().strip() == "1"
         before = forwarding()
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text("1" if before else "0")
+        try:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text("1" if before else "0")
+        except OSError as error:
+            mark.unlink(missing_ok=True)  # half of it would say something else
+            raise Unavailable(
+                f"cannot write {mark}: {error.strerror}", hint="is the disk full or read-only?"
+            ) from error
         return before
 
     def _restore_forwarding(self) -> None:
