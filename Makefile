@@ -13,6 +13,8 @@ PEERS := hydra kratos oathkeeper coredns
 PEERS_BIN := $(CURDIR)/build/peers/bin
 TAGS_hydra := sqlite,json1
 TAGS_kratos := sqlite,json1
+# Tests mostly wait for namespaces, daemons and proxies: more of them at once than there are cores.
+JOBS ?= 4
 PYTHONS := src tests benchmarks tools setup.py
 REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
@@ -27,10 +29,10 @@ run: $(BUILT) ## a tour of the main job on real traffic, in namespaces of its ow
 test: $(BUILT) ## every test; those that need root, BPF or a tool say so when they cannot run
 	@[ "$$(id -u)" != 0 ] || mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf || true
 	@$(PYTHON) tools/toolchain.py doctor >&2 || true
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 test-fast: $(BUILT) ## the tests without root, Envoy and waiting
-	@$(BIN)/python -m pytest -m 'not root and not slow and not envoy' $(TESTS)
+	@$(BIN)/python -m pytest -m 'not root and not slow and not envoy and not docker' -n $(JOBS) $(TESTS)
 
 dev: $(BUILT) ## a working tree from nothing: system packages, virtual environment, compiled parts
 
