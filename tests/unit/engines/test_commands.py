@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 
 from clawker_cp.engines.host import commands
@@ -40,3 +43,22 @@ async def test_tool_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(commands, "LIMIT_S", 0.1)
     with pytest.raises(DeadlineExceeded, match="sleep"):
         await commands.run("sleep", "60")
+
+
+@pytest.mark.root
+async def test_command_enters_the_hosts_network_only_from_another() -> None:
+    """Nothing goes before a command where we share the network; elsewhere it runs in that process's."""
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "echo ready; exec sleep 60"], stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "ready\n"
+            links = await commands.run(*commands.in_host(other.pid), "ip", "-o", "link")
+
+            assert len(links.splitlines()) == 1
+            assert commands.in_host(os.getpid()) == ()
+        finally:
+            other.kill()
+    with pytest.raises(Unavailable, match="cannot see the network namespace"):
+        commands.in_host(other.pid)

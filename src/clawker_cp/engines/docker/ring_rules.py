@@ -127,7 +127,6 @@ class Rules:
             f"{frames} to_agent": "",
             f"{frames} stranger": "",
             f"{frames} frames": "{ type filter hook prerouting priority -300; policy accept; }",
-            f"{frames} link_local": "{ type filter hook input priority -300; policy accept; }",
             f"{frames} host": "{ type filter hook output priority -300; policy accept; }",
             f"{frames} between": "{ type filter hook forward priority -300; policy accept; }",
             f"{inet} refuse": "",
@@ -136,7 +135,7 @@ class Rules:
             f"{inet} entry": "{ type filter hook prerouting priority -310; policy accept; }",
             f"{inet} input": "{ type filter hook input priority -10; policy accept; }",
             f"{inet} forward": "{ type filter hook forward priority -10; policy accept; }",
-            f"{inet} output": "{ type filter hook output priority -10; policy accept; }",
+            f"{inet} leaving": "{ type filter hook postrouting priority -10; policy accept; }",
             f"{arp} input": "{ type filter hook input priority -10; policy accept; }",
         }
         lines = [f"add table {table}" for table in self.tables]
@@ -194,12 +193,6 @@ table {self.frames} {{
     ip daddr {subnet} jump stranger
     arp saddr ip {subnet} jump stranger
     arp daddr ip {subnet} jump stranger
-  }}
-  chain link_local {{
-    ether daddr & ff:ff:ff:ff:ff:f0 != 01:80:c2:00:00:00 accept
-    iifname @agent_ports counter drop
-    iifname @closed counter drop
-    iifname != @infrastructure_ports ether saddr @macs counter drop
   }}
   chain to_infrastructure {{
     ether type arp arp daddr ip {{ {", ".join(sorted(net.served))} }} accept
@@ -291,7 +284,9 @@ table {self.inet} {{
     ip saddr @everywhere meta l4proto {{ tcp, udp }} accept
     jump refuse
   }}
-  chain output {{
+  # Not the output hook: a published port that the host dials on its own address leaves by another
+  # interface there, the engine changes the destination later.
+  chain leaving {{
     oifname != "{bridge}" accept
     ip daddr != @agent_addresses accept
     tcp dport {AGENT_DAEMON_PORT} accept

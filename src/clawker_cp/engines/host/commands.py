@@ -69,6 +69,7 @@ async def run(*command: str, text: str = "", check: bool = True) -> str:
             output, errors = await process.communicate(text.encode() or None)
     except TimeoutError as error:
         process.kill()
+        await process.wait()
         raise DeadlineExceeded(f"{command[0]} did not end within {LIMIT_S:.0f} s") from error
     if check and process.returncode:
         words = errors.decode("utf-8", "replace").strip().splitlines()
