@@ -18,7 +18,7 @@ JOBS ?= 4
 PYTHONS := src tests benchmarks tools setup.py
 REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
-.PHONY: help run test test-fast dev build bench peers image lint types fmt ci doctor system clean
+.PHONY: help run test test-fast test-asan dev build bench peers image lint types fmt ci doctor system clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,16 @@ test: $(BUILT) ## every test; those that need root, BPF or a tool say so when th
 
 test-fast: $(BUILT) ## the tests without root, Envoy and waiting
 	@$(BIN)/python -m pytest -m 'not root and not slow and not envoy and not docker' -n $(JOBS) $(TESTS)
+
+ASAN := build/asan
+test-asan: $(BUILT) ## the compiled parts with address and undefined-behaviour sanitizers, under their own tests
+	@rm -rf $(ASAN) && mkdir -p $(ASAN)/temp
+	@cp -r src/clawker_cp $(ASAN)/ && find $(ASAN) -name '*.so' -delete
+	@CLAWKER_CP_BUILD_SANITIZE=1 $(BIN)/python setup.py -q build_ext --force --build-lib $(ASAN) --build-temp $(ASAN)/temp
+	@for so in $(ASAN)/clawker_cp/_fast/*.so; do ldd $$so | grep -q libasan || { echo "$$so has no sanitizer" >&2; exit 1; }; done
+	@LD_PRELOAD=$$($${CC:-gcc} -print-file-name=libasan.so) PYTHONPATH=$(CURDIR)/$(ASAN) PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(BIN)/python -m pytest -q tests/fast $(TESTS)
 
 dev: $(BUILT) ## a working tree from nothing: system packages, virtual environment, compiled parts
 

@@ -72,10 +72,11 @@ async def wait_for(
         await asyncio.sleep(0.05)
 
 
-async def test_killing_the_server_opens_nothing_and_the_next_one_adopts(machine: Machine) -> None:
+@pytest.mark.parametrize("options", [[], ["--allow-root", "--user", "0"]], ids=["user", "root"])
+async def test_killing_the_server_opens_nothing_and_the_next_one_adopts(machine: Machine, options: list[str]) -> None:
     """Through many kills of the server and of Envoy nothing denied opens; then new names work, the code arrives."""
     argv = machine.argv(
-        "--allow", "https://www.example.com", "--allow", "tcp://db.example.com:5432",
+        "--allow", "https://www.example.com", "--allow", "tcp://db.example.com:5432", *options,
         command=["/usr/bin/python3", "-c", LOOP],
     )  # fmt: skip
     out, err = machine.host.directory / "run.out", machine.host.directory / "run.err"

@@ -231,7 +231,7 @@ async def test_nothing_is_left_when_the_last_sandbox_is_gone(machine: Machine) -
 
 
 async def test_a_run_that_waits_for_its_server_is_ended_by_a_signal(machine: Machine) -> None:
-    """Before the command runs only the client can take Ctrl-C: it ends with 128 + signal, and so does its sandbox."""
+    """Before the command runs nothing but the client can take Ctrl-C: it ends with 128 + signal, and all with it."""
     stopped = machine.host.directory / "fake-envoy"
     stopped.write_text(f"#!/bin/sh\n: > {machine.workdir}/started\nexec sleep 100\n")
     stopped.chmod(0o755)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from clawker_cp.testing.escapes import FILTER_ALONE, SEND_RETURNS
 from clawker_cp.testing.machine import Machine, machine_with_world
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
@@ -23,14 +24,6 @@ DOCKER = (
 )  # fmt: skip
 AS_ROOT = ["--allow-root", "--user", "0", "--no-seccomp", *(w for c in DOCKER for w in ("--capability", c))]
 AS_ROOT_FILTERED = [option for option in AS_ROOT if option != "--no-seccomp"]
-# A send may return before the packet is dropped: then only the world can say, and it is asked below.
-SEND_RETURNS = {
-    "packet_socket_frame", "packet_socket_spoofed", "vlan_tagged_frame", "source_route_option", "broadcast",
-    "multicast", "gateway_services",
-}  # fmt: skip
-
-# No hook of a cgroup sees these families; the filter alone stops them, and every sandbox has it unless a test says no.
-FILTER_ALONE = {"vsock_listen"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -63,6 +63,7 @@ async def test_a_nested_cgroup_is_still_the_agent(served: Served, root: str) -> 
     await served.machine.world.reset()
     code = f"""
 import socket, sys
+print("ready")
 sys.stdin.readline()
 try:
     socket.create_connection(("{EVIL}", 443), 2)
@@ -74,6 +75,7 @@ except OSError as error:
         START
         + f"""
 sandbox, stream = await start("nested", {code!r}, allow_root={root})
+await Lines(stream).until("ready")
 parent = Path({str(find_cgroup2())!r})
 cgroup = next(one for one in parent.rglob("clawker-" + sandbox.id[:12]) if one.is_dir())
 inner = cgroup / "inner"
@@ -143,7 +145,8 @@ await remove(sandbox)
     assert said["uninvited"] == "refused" and said["published"] == "data" and said["denied"]
 
 
-async def test_an_agent_that_loses_its_row_loses_its_connections(served: Served) -> None:
+@BOTH
+async def test_an_agent_that_loses_its_row_loses_its_connections(served: Served, root: str) -> None:
     """Row 8: packets of sockets that no enrolled agent owns are dropped; enrolled again, it is judged again."""
     code = f"""
 import socket, time
@@ -162,7 +165,7 @@ while True:
         + f"""
 rule = C.Rule(scope="agent:esc/row", egress=A.EgressRule(dst="{DATABASE}", proto="tcp", port="5432"))
 await client.call("PutRules", C.PutRulesRequest(rules=[rule]))
-sandbox, stream = await start("row", {code!r})
+sandbox, stream = await start("row", {code!r}, allow_root={root})
 lines = Lines(stream)
 await lines.until("alive")
 import subprocess
@@ -267,7 +270,8 @@ await remove(sandbox)
     assert said["errors"] == [] and said["accounted"] >= 20_001, said
 
 
-async def test_shared_addresses_do_not_lend_names(served: Served) -> None:
+@BOTH
+async def test_shared_addresses_do_not_lend_names(served: Served, root: str) -> None:
     """Row 23: two agents with one address between their names; neither reaches the other's name through it."""
     code = """
 import subprocess, sys
@@ -287,9 +291,10 @@ for agent, name in zip(("a", "b"), names):
     await client.call("PutRules", C.PutRulesRequest(rules=[rule]))
 for agent, mine, theirs in (("a", *names), ("b", *reversed(names))):
     code = "import sys; sys.argv[1:] = " + repr([mine, theirs]) + "\\n" + {code!r}
-    sandbox, stream = await start(agent, code)
+    sandbox, stream = await start(agent, code, allow_root={root})
     lines = Lines(stream)
     result[agent] = [await lines.next() for _ in range(3)]
+    await remove(sandbox)
 for agent in "ab":
     await client.call("DeleteRules", C.DeleteRulesRequest(scope="agent:esc/" + agent))
 """

@@ -6,6 +6,15 @@ from __future__ import annotations
 
 DATABASE, DATAGRAMS, EVIL = "203.0.113.30", "203.0.113.31", "203.0.113.66"
 
+# A send may return before the packet is dropped: then only the world can say, and it is asked.
+SEND_RETURNS = frozenset({
+    "packet_socket_frame", "packet_socket_spoofed", "vlan_tagged_frame", "source_route_option", "broadcast",
+    "multicast", "gateway_services",
+})  # fmt: skip
+# No hook of a cgroup sees these families: a system call filter alone stops them. Every sandbox has ours unless a test
+# says no; the default one of older Docker engines lets AF_VSOCK through.
+FILTER_ALONE = frozenset({"vsock_listen"})
+
 # Shared by the bodies below: a sandbox that runs Python, and reading its output by lines.
 START = """
 async def start(agent, code, **more):
