@@ -2,9 +2,9 @@
 /*
  * connect_loop.c - connects in a tight loop and says how long a call took, for test_bench_connect_hook.py.
  *
- * Reads lines "udp|tcp ADDRESS PORT TIMES"; answers each with nanoseconds a call. "udp" connects one datagram
+ * Reads lines "udp|tcp ADDRESS PORT TIMES PER_SECOND"; answers each with nanoseconds a call and how many failed. "udp" connects one datagram
  * socket again and again; "tcp" listens on the address once and then connects, accepts and closes both ends.
- * Refused connects count like any other: the hook was paid for.
+ * A rate of 0 is as fast as it goes. Refused connects count like any other: the hook was paid for.
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -93,20 +93,22 @@ static int one_tcp(const struct place *p)
 int main(void)
 {
 	char line[256], kind[8], address[64];
-	int port, times;
+	int port, times, per_second;
 
 	while (fgets(line, sizeof(line), stdin)) {
 		struct place *p;
 		long long began;
 		int failed = 0;
 
-		if (sscanf(line, "%7s %63s %d %d", kind, address, &port, &times) != 4)
+		if (sscanf(line, "%7s %63s %d %d %d", kind, address, &port, &times, &per_second) != 5)
 			return 2;
 		p = find(strcmp(kind, "tcp") ? SOCK_DGRAM : SOCK_STREAM, address, port);
 		if (!p)
 			return 3;
 		began = now_ns();
 		for (int i = 0; i < times; i++) {
+			while (per_second && now_ns() - began < i * 1000000000ll / per_second)
+				;
 			if (p->kind == SOCK_STREAM)
 				failed += one_tcp(p) != 0;
 			else

@@ -14,11 +14,12 @@ import os
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hook_world import Loop, compiled
 
 from clawker_cp._fast import bpfmap
 from clawker_cp.firewall.plan import TCP, UDP
@@ -36,33 +37,6 @@ SPENT = (1, 1, 1)  # records a second: all but the first are counted and not wri
 NEAR = "203.0.113.99"  # an address of the agents' own namespace that a rule opens: TCP stays on this machine
 BUDGET_NS = {"no record": 80, "counted": 80, "record": 150}
 PEERS = ("none", "empty", "ours")
-Round = Callable[[str, str, str, int], float]
-
-_START = 'echo $$ > "$1/cgroup.procs" && exec nsenter --net="/proc/$2/ns/net" -- "$3"'
-
-
-class Loop:
-    """`connect_loop` in a cgroup, in the agents' network."""
-
-    def __init__(self, program: Path, cgroup: Path, netns_pid: int) -> None:
-        self._process = subprocess.Popen(
-            ["sh", "-c", _START, "loop", str(cgroup), str(netns_pid), str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, kind: str, addr: str, port: int, times: int) -> tuple[float, int]:
-        """Nanoseconds a call, and how many of them failed."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{kind} {addr} {port} {times}\n")
-        self._process.stdin.flush()
-        took, failed = self._process.stdout.readline().split()
-        return float(took), int(failed)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +49,7 @@ def world() -> Iterator[SocketWorld]:
 @pytest.fixture(scope="module")
 def loops(world: SocketWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Loop]]:
     """A loop without programs, one with empty ones, and one that is an agent."""
-    program = tmp_path_factory.mktemp("loop") / "connect_loop"
-    subprocess.run(["cc", "-O2", "-o", program, Path(__file__).with_name("connect_loop.c")], check=True)
+    program = compiled(tmp_path_factory.mktemp("loop"))
     agent, outsider = world.agent(), world.bystander()
     world.configure(agent, ipv6=True, proxy_addr=GATEWAY)
     world.knows(agent, TARGET, 300)

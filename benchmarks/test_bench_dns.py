@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from clawker_cp.testing.peers import peer
+
 HERE = Path(__file__).parent
 SECONDS = int(os.environ.get("BENCH_SECONDS", "3"))
 SERVER, CLIENT = "198.51.100.1", "198.51.100.2"
@@ -65,12 +67,22 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def serving(namespace: str, what: str, loop: str, *, plain: bool = False) -> Iterator[None]:
-    """Run one server pinned to the first core."""
+def serving(namespace: str, what: str, loop: str, *more: str, plain: bool = False) -> Iterator[None]:
+    """Run one server pinned to the first core; the resolver it asks is on the other."""
     environment = dict(os.environ, PYTHONPATH=str(HERE.parent / "src"), CLAWKER_CP_NO_EXTENSIONS="1" if plain else "")
-    command = ["ip", "netns", "exec", namespace, "taskset", "-c", "0", sys.executable, str(HERE / "dns_server.py")]
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        namespace,
+        "taskset",
+        "-c",
+        "1" if what == "resolver" else "0",
+        sys.executable,
+        str(HERE / "dns_server.py"),
+    ]
     with subprocess.Popen(
-        [*command, what, loop, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [*command, what, loop, SERVER, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
             assert process.stdout is not None
@@ -134,8 +146,13 @@ def test_bench_dns(namespaces: tuple[str, str], tmp_path: Path) -> None:
     for loop in ("uvloop", "asyncio"):
         with serving(server, "echo", loop):
             results[f"echo {loop}"] = ask(client, HITS, path)
-    for label, plain in (("gate", False), ("gate, plain twins", True)):
-        with serving(server, "gate", "uvloop", plain=plain):
+    coredns = peer("coredns")
+    ways: dict[str, tuple[tuple[str, ...], bool]] = {"gate": (("gate", "uvloop"), False)}
+    ways["gate, plain twins"] = (("gate", "uvloop"), True)
+    if coredns is not None:
+        ways["CoreDNS"] = (("coredns", "uvloop", str(coredns), str(tmp_path)), False)
+    for label, (way, plain) in ways.items():
+        with serving(server, "resolver", "uvloop"), serving(server, *way, plain=plain):
             ask(client, HITS, path, once=True)
             results[f"dns_hit {label}"] = ask(client, HITS, path)
             latency[label] = percentiles(client, HITS, path, rate=10_000)

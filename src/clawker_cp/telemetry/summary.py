@@ -38,16 +38,30 @@ class Summary:
         """
         Count what is an outcome: every refusal, and what really went out.
         """
+        # What many flows have in common is looked at once: an agent in a loop sends thousands of equal ones.
+        many: dict[tuple[str, str, int, str, str, str, str, str], tuple[Flow, int]] = {}
         for flow in flows:
+            denied, layer = flow.verdict == DENIED, flow.layer
+            if layer == DNS:
+                if denied and self._asked_anew(destination(flow), flow.query_type):
+                    self._deny(flow, 1)
+            elif denied or (layer == PROXY and not flow.status) or (layer == KERNEL and flow.reason in DIRECT_REASONS):
+                key = (
+                    flow.host, flow.address, flow.port, flow.verdict, flow.reason, flow.proto, flow.path, flow.method
+                )  # fmt: skip
+                first, count = many.get(key, (flow, 0))
+                many[key] = (first, count + 1)
+        for flow, count in many.values():
             if flow.verdict == DENIED:
+                self._deny(flow, count)
+            else:
                 target = destination(flow)
-                if (flow.layer != DNS or self._asked_anew(target, flow.query_type)) and self._count(
-                    self.denied, target
-                ):
-                    self._reasons.setdefault(target, flow.reason)
-            elif (flow.layer == PROXY and not flow.status) or (flow.layer == KERNEL and flow.reason in DIRECT_REASONS):
-                target = destination(flow)
-                self._count(self.allowed, Destination(target.host, target.proto, target.port))
+                self._count(self.allowed, Destination(target.host, target.proto, target.port), count)
+
+    def _deny(self, flow: Flow, count: int) -> None:
+        target = destination(flow)
+        if self._count(self.denied, target, count):
+            self._reasons.setdefault(target, flow.reason)
 
     def _asked_anew(self, target: Destination, query_type: str) -> bool:
         asked = self._questions.get(target)
@@ -59,10 +73,10 @@ class Summary:
         asked[query_type] += 1
         return asked[query_type] > most
 
-    def _count(self, counter: Counter[Destination], target: Destination) -> bool:
+    def _count(self, counter: Counter[Destination], target: Destination, count: int) -> bool:
         if target not in counter and len(counter) >= self._limit:
             return False
-        counter[target] += 1
+        counter[target] += count
         return True
 
     def lines(self, allow: Callable[[Destination], str]) -> list[str]:
