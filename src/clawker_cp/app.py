@@ -227,6 +227,7 @@ class ControlPlane:
             bypass_default_s=settings.firewall.bypass_default_s,
             bypass_max_s=settings.firewall.bypass_max_s,
             acknowledge_disable=settings.firewall.on_disable == "acknowledge",
+            exposures=lambda agent_id: self._side.exposures(agent_id),
         )
         self._firewall = FirewallControl(
             self._policy,

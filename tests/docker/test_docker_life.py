@@ -97,3 +97,33 @@ async def test_a_daemon_that_is_not_there_ends_the_start(machine: DockerMachine)
     assert done.code == 1
     assert "docker.sock" in done.err and "dockerd" in done.err
     assert "clawker" not in pins
+
+
+async def test_an_exposed_container_has_no_network_until_it_is_released(machine: DockerMachine) -> None:
+    """With on_exposure: quarantine a way out takes the network away; a release accepts that one, not another (R16)."""
+    machine.machine.environment["CLAWKER_CP_FIREWALL__ON_EXPOSURE"] = "quarantine"
+    curl = ("/usr/bin/curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}", "http://api.example.com/x")
+
+    async def start(agent: str, *capabilities: str) -> str:
+        host = {"NetworkMode": NETWORK, "CapAdd": list(capabilities)}
+        container = await machine.docker.agent(agent, network=NETWORK, usr=True, host_config=host)
+        await machine.wait_enrolled(container)
+        return container
+
+    async with serving(machine.machine):
+        allowed = await machine.ctl("allow", "http://api.example.com")
+        assert allowed.code == 0, allowed.err
+        plain, exposed = await start("plain"), await start("exposed", "SYS_ADMIN")
+        (listed,) = [one for one in await machine.agents() if one["container_id"] == exposed]
+        before = [(await machine.inside(one, *curl)).out for one in (plain, exposed)]
+        released = await machine.ctl("release", "p/exposed")
+        after = (await machine.inside(exposed, *curl)).out
+        await machine.docker.client.stop(exposed, grace_s=0)
+        await machine.docker.client.start(exposed)
+        await machine.wait_enrolled(exposed)
+        again = (await machine.inside(exposed, *curl)).out
+
+    assert listed["quarantined"] and "capability:SYS_ADMIN" in listed["quarantine_reason"]
+    assert before[0] == "200" and before[1] in {"", "000"}
+    assert released.code == 0, released.err
+    assert after == "200" and again == "200"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -46,7 +46,8 @@ class AgentKernel(Protocol):
 
 class AgentControl:
     """
-    Verbs on running agents. `find` asks the engine for the running agent that a reference means.
+    Verbs on running agents. `find` asks the engine for the running agent that a reference means,
+    `exposures` gives the ways out it was given: a release accepts those (R16).
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class AgentControl:
         bypass_default_s: int = 30,
         bypass_max_s: int = 3600,
         acknowledge_disable: bool = False,
+        exposures: Callable[[str], Sequence[str]] = lambda _agent_id: (),
         clock_ns: Callable[[], int] = time.monotonic_ns,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -71,6 +73,7 @@ class AgentControl:
         self._bypass_default_s = bypass_default_s
         self._bypass_max_s = bypass_max_s
         self._acknowledge_disable = acknowledge_disable
+        self._exposures = exposures
         self._clock_ns = clock_ns
         self._wall = wall
         self._bypassed: dict[str, int] = {}
@@ -222,7 +225,7 @@ class AgentControl:
 
     async def _release(self, agent_id: str) -> None:
         agent = self._known(agent_id)
-        was = await asyncio.to_thread(self._quarantines.release, agent.id)
+        was = await asyncio.to_thread(self._quarantines.release, agent.id, self._exposures(agent.id))
         if agent.quarantined or was:
             await self._kernel.restore(agent)
             log.warning("released", id=agent.id[:12], agent=agent.key)

@@ -156,6 +156,7 @@ class DockerAgents:
             async for event in events:
                 if isinstance(event, Overflow):
                     log.warning("docker_events_lost", count=event.count)
+                    self._engine.forget()
                     group.create_task(self._reconcile(), name="reconcile")
                     continue
                 self._engine.take_event(event)

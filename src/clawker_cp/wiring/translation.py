@@ -60,7 +60,6 @@ def refuse_what_is_not_offered(settings: Settings) -> None:
         f"dns.coredns: {settings.dns.coredns}": bool(settings.dns.coredns),
         f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),
         f"telemetry.otlp_endpoint: {settings.telemetry.otlp_endpoint}": bool(settings.telemetry.otlp_endpoint),
-        "firewall.on_exposure: quarantine": settings.firewall.on_exposure == "quarantine",
     }
     for what, wanted in asked.items():
         if wanted:
