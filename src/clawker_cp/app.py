@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +65,7 @@ from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
 from clawker_cp.wiring.certificate_keeper import CertificateKeeper
 from clawker_cp.wiring.control_surface import ControlSurface
+from clawker_cp.wiring.coredns import coredns_child, coredns_part, problem_of
 from clawker_cp.wiring.docker_host import DockerHost
 from clawker_cp.wiring.drain_to_zero import DrainToZero, watcher_options
 from clawker_cp.wiring.enforcement import Enforcement
@@ -185,6 +185,7 @@ class ControlPlane:
             count=lambda flows: self._metrics.count_flows(flows),
             count_dns=lambda one: self._metrics.count_dns(one.verdict, one.duration_ns / 1e9, cached=one.cached),
         )
+        self._coredns = coredns_child(settings, directories)
         self._gate = Gate(
             gate_settings(settings, network),
             agents=self._roster,
@@ -285,6 +286,7 @@ class ControlPlane:
             what_runs=implementations(settings, self._surface.tokens.implementation),
             authority_answers=self._surface.tokens.answers,
             engine_answers=self._engine.answers,
+            behind_gate=problem_of(self._coredns),
             enrolled=self._manager.agents,
             max_agents=settings.firewall.max_agents,
         )
@@ -298,11 +300,7 @@ class ControlPlane:
         self._emptiness = DrainToZero(
             self._side.running, self._nothing_left, watcher_options(settings.drain), self._health
         )
-        checks = [
-            replace(check, ask=self._emptiness.guarded(check.ask)) if check.name == "engine" else check
-            for check in self._status.checks()
-        ]
-        self._keeper = HealthKeeper(self._health, checks)
+        self._keeper = HealthKeeper(self._health, self._emptiness.guard(self._status.checks()))
 
     def _servicers(self) -> tuple[object, object, object]:
         """AdminService, ControlService and AgentService over the domain handlers."""
@@ -437,6 +435,7 @@ class ControlPlane:
             ("garbage", self._collect_garbage, "expired names stay a while"),
             ("bypasses", self._agents.run, "connections outlive a bypass until their next packet"),
             *self._side.parts(),
+            *coredns_part(self._coredns),
             ("bus", self._events.heartbeat, "a stuck part is not noticed"),
             ("health", self._keeper.run, "health is not known"),
             ("certificates", self._certificate_keeper.run, "certificates are not renewed"),

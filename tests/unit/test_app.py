@@ -42,7 +42,6 @@ def test_nothing_is_published_where_inbound_is_none() -> None:
     "asked",
     [
         {"stack": "container"},
-        {"dns": {"coredns": "/usr/bin/coredns"}},
         {"fleet": {"name": "f", "endpoints": ["https://192.0.2.1:2379"]}},
         {"telemetry": {"otlp_endpoint": "https://192.0.2.1:4318"}},
     ],

@@ -22,7 +22,11 @@ RESTED_S = 10.0  # how long a forwarder that failed is asked last
 
 
 class Forwarders:
-    """The resolvers behind the gate; questions being asked are shared, nothing is kept afterwards."""
+    """
+    The resolvers behind the gate; questions being asked are shared, nothing is kept afterwards.
+
+    `front` knows the zones too and is asked before their own servers, but not while it is down (contract 8.7).
+    """
 
     def __init__(
         self,
@@ -31,11 +35,13 @@ class Forwarders:
         *,
         try_s: float,
         tries: int,
+        front: str = "",
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._default = tuple(Forwarder.parse(text) for text in forwarders)
         self._zones = [(zone.strip(".").lower(), tuple(map(Forwarder.parse, own))) for zone, own in zones.items()]
         self._matcher = NameMatcher({}, {zone: number for number, (zone, _) in enumerate(self._zones)})
+        self._front = Forwarder.parse(front) if front else None
         self._try_s = try_s
         self._tries = tries
         self._clock_ns = clock_ns
@@ -81,8 +87,10 @@ class Forwarders:
         zone, servers = self._zones[number] if number >= 0 else (".", self._default)
         question = key + b"\0\1"
         order = sorted(servers, key=self._rank)
-        for attempt in range(self._tries if order else 0):
-            forwarder = order[attempt % len(order)]
+        turns = [order[attempt % len(order)] for attempt in range(self._tries if order else 0)]
+        if self._front is not None and not self._rank(self._front):
+            turns.insert(0, self._front)
+        for forwarder in turns:
             self.asked += 1
             try:
                 message = await exchange(forwarder, question, self._try_s)

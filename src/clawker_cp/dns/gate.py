@@ -71,7 +71,9 @@ class Gate:
     ) -> None:
         self._settings = settings
         self._policies = policies
-        self._forwarders = Forwarders(settings.forwarders, settings.zones, try_s=settings.try_s, tries=settings.tries)
+        self._forwarders = Forwarders(
+            settings.forwarders, settings.zones, try_s=settings.try_s, tries=settings.tries, front=settings.front
+        )
         self._judge = Judge(
             settings, agents=agents, policies=policies, kernel=kernel, records=records, internal=internal
         )

@@ -36,6 +36,7 @@ class GateSettings:
     proxy_view_port: int = 9953
     forwarders: tuple[str, ...] = DEFAULT_FORWARDERS
     zones: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # zone -> its own forwarders
+    front: str = ""  # who is asked before all of them: CoreDNS, "" = nobody
     control_plane_address: str = ""
     host_proxy_address: str = ""
     gateway_address: str = ""

@@ -6,7 +6,8 @@ A list that keeps failing is an alarm and a red health entry; enforcement stays,
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -15,7 +16,7 @@ from clawker_cp.agents.watcher import AgentListCeiling, AgentWatcher, AgentWatch
 from clawker_cp.config import AGENT_LIST_LIMIT_S, DrainSettings
 from clawker_cp.runtime.clock import SYSTEM_CLOCK, Clock
 from clawker_cp.runtime.health import Health, HealthRegistry
-from clawker_cp.wiring.health_keeper import Answer
+from clawker_cp.wiring.health_keeper import Answer, Check
 
 COMPONENT = "engine"
 # The setting may say that there is no grace; a watcher reads 0 as its default.
@@ -86,6 +87,12 @@ class DrainToZero:
                 self._alarm(error)
             else:
                 return
+
+    def guard(self, checks: Iterable[Check]) -> list[Check]:
+        """
+        The same checks, that of the component `engine` guarded.
+        """
+        return [replace(one, ask=self.guarded(one.ask)) if one.name == COMPONENT else one for one in checks]
 
     def guarded(self, ask: Callable[[], Awaitable[Answer]]) -> Callable[[], Awaitable[Answer]]:
         """

@@ -94,7 +94,8 @@ def implementations(settings: Settings, authority: str) -> Implementations:
 class ServerStatus:
     """
     One per server. `up` says whether the firewall is on, `authority_answers` is the authority's probe,
-    `engine_answers` is "" or says what is wrong with the engine, `enrolled` which cgroups the kernel has rows of.
+    `engine_answers` and `behind_gate` are "" or say what is wrong with the engine, and with CoreDNS where it runs;
+    `enrolled` which cgroups the kernel has rows of.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class ServerStatus:
         what_runs: Implementations,
         authority_answers: Callable[[], Awaitable[bool]],
         engine_answers: Callable[[], Awaitable[str]],
+        behind_gate: Callable[[], str] | None,
         enrolled: Callable[[], Collection[int]],
         max_agents: int,
         wall: Callable[[], float] = time.time,
@@ -136,6 +138,7 @@ class ServerStatus:
         self._what_runs = what_runs
         self._authority_answers = authority_answers
         self._engine_answers = engine_answers
+        self._behind_gate = behind_gate
         self._enrolled = enrolled
         self._max_agents = max_agents
         self._ends: dict[str, float] = {}
@@ -155,7 +158,7 @@ class ServerStatus:
             Check("enforcement", self._ask_enforcement, self._what_runs.enforcement, critical=True),
             Check("engine", self._ask_engine, self._engine),
             Check("envoy", self._ask_proxy, self._what_runs.envoy, self._what_runs.envoy_version, critical=True),
-            Check("dns", answered(partial(gate_answers, self._dns_address), off), "gate", critical=True),
+            Check("dns", self._ask_dns, "gate" if self._behind_gate is None else "gate+coredns", critical=True),
             Check(
                 "authority", answered(self._authority_answers, lambda: False), self._what_runs.authority, critical=True
             ),
@@ -274,6 +277,11 @@ class ServerStatus:
     async def _ask_engine(self) -> Answer:
         problem = await self._engine_answers()
         return (Health.FAILED, problem) if problem else (Health.OK, "")
+
+    async def _ask_dns(self) -> Answer:
+        health, detail = await answered(partial(gate_answers, self._dns_address), lambda: not self._up())()
+        problem = self._behind_gate() if self._behind_gate is not None else ""
+        return (Health.DEGRADED, problem) if health is Health.OK and problem else (health, detail)
 
     async def _ask_proxy(self) -> Answer:
         while self._restarts < self._proxy.restarts:

@@ -10,6 +10,7 @@ from typing import Any
 
 from clawker_cp.agents.lifecycle import LifeRequest
 from clawker_cp.config import Directories, Settings, environment, load_settings
+from clawker_cp.dns.coredns import CHILD_ADDRESS, CHILD_PORT
 from clawker_cp.dns.settings import BudgetSettings, GateSettings
 from clawker_cp.engines.base import AgentNetwork, HostFeature, SandboxSpec
 from clawker_cp.errors import InvalidInput, Unsupported
@@ -41,6 +42,7 @@ def gate_settings(settings: Settings, network: AgentNetwork) -> GateSettings:
         proxy_view_port=settings.dns.proxy_view_port,
         forwarders=tuple(settings.dns.forwarders),
         zones={zone: tuple(servers) for zone, servers in settings.dns.zones.items()},
+        front=f"{CHILD_ADDRESS}:{CHILD_PORT}" if settings.dns.coredns else "",
         control_plane_address=network.cp,
         host_proxy_address=network.host_proxy,
         gateway_address=network.gateway,
@@ -57,7 +59,6 @@ def refuse_what_is_not_offered(settings: Settings) -> None:
     """
     asked = {
         "stack: container": settings.stack == "container",
-        f"dns.coredns: {settings.dns.coredns}": bool(settings.dns.coredns),
         f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),
         f"telemetry.otlp_endpoint: {settings.telemetry.otlp_endpoint}": bool(settings.telemetry.otlp_endpoint),
     }

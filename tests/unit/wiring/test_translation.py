@@ -52,7 +52,6 @@ def test_the_gate_has_the_operators_numbers() -> None:
     [
         ({"stack": "container"}, "stack"),
         ({"fleet": FleetSettings(name="f", endpoints=["https://x"])}, r"fleet\.name"),
-        ({"dns": DnsSettings(coredns="/usr/bin/coredns")}, r"dns\.coredns"),
     ],
 )
 def test_what_is_not_offered_is_refused_by_name(changes: dict[str, object], named: str) -> None:
