@@ -43,7 +43,7 @@ async def _until(machine: Machine, wanted: bool) -> None:
 
 
 async def test_names_go_through_it_and_past_it_when_it_is_dead(machine: Machine) -> None:
-    """Questions of allowed names reach it; while it is silent or dead the gate asks the forwarders, and it comes back."""
+    """Questions of allowed names reach it; silent or dead, the gate asks the forwarders itself, and it comes back."""
     resolve = "import socket, sys; print(socket.gethostbyname(sys.argv[1]))"
 
     async def ask(served: object, name: str) -> str:
