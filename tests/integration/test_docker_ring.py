@@ -19,7 +19,7 @@ from clawker_cp.engines.docker.ring import DockerRing
 from clawker_cp.engines.docker.ring_rules import Pin
 from clawker_cp.engines.host.direct import Direct
 from clawker_cp.engines.host.namespaces import in_netns
-from clawker_cp.errors import NotFound, Unsupported
+from clawker_cp.errors import NotFound, Unavailable, Unsupported
 from clawker_cp.testing.bridge_world import (
     AS_CONTAINER,
     BRIDGE,
@@ -541,6 +541,18 @@ async def test_port_of_a_container_is_found_from_the_hosts_side(contained: Yard)
     box.process.wait()
     with pytest.raises(NotFound, match="is gone"):
         await find_port(box.pid, BRIDGE, host_pid=contained.host.pid)
+
+
+async def test_watch_that_ended_says_so(contained: Yard) -> None:
+    """Who waits for ports does not wait for ever once nobody listens; a bridge that is not there is not watched."""
+    watch = PortWatch(BRIDGE, host_pid=contained.host.pid)
+    await watch.open()
+    await watch.wait_changed()
+    watch.close()
+    with pytest.raises(Unavailable, match="not watched"):
+        await watch.wait_changed()
+    with pytest.raises(NotFound):
+        await PortWatch("br-nowhere", host_pid=contained.host.pid).open()
 
 
 async def test_bridge_that_is_not_there_is_said_with_what_to_do(contained: Yard) -> None:

@@ -132,13 +132,18 @@ class PortWatch:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
+            self._changed.set()
 
     async def wait_changed(self) -> None:
         """
         Return once ports may have changed since the last call; at once the first time.
+
+        Raises `Unavailable` when nobody listens any more: a port that appears now is not told.
         """
         await self._changed.wait()
         self._changed.clear()
+        if self._socket is None:
+            raise Unavailable("the host's interfaces are not watched any more")
 
     def _readable(self) -> None:
         while self._socket is not None:
