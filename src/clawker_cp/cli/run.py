@@ -300,8 +300,9 @@ Run COMMAND in a sandbox that reaches only what the rules allow.
 
 The sandbox has a network, process and file system view of its own; the working directory is
 mounted writable, system directories read-only. Whatever is not allowed is refused at once and
-shown on standard error with the reason. The exit code is the command's own; 125 means that
-clawker-cp itself failed, 126 and 127 that the command could not be started.
+shown on standard error with the reason. Signals and the terminal pass to COMMAND. The exit code is
+the command's own, 128 and the number of the signal that ended it; 125 means that clawker-cp itself
+failed, 126 and 127 that the command could not be started.
 
 \b
 A RULE is  [METHOD[,METHOD] ][proto://]dst[:port[-port]][/path]
