@@ -2,8 +2,8 @@
 One server per benchmark process: the gate, the real CoreDNS with the same zones, or a bare UDP echo as a loop's
 ceiling; and the resolver both ask, which knows every name.
 
-Run as `python dns_server.py WHAT {uvloop|asyncio} ADDRESS [COREDNS DIRECTORY]`, what = gate, coredns, echo or resolver; prints
-`ready` when it listens, and its statistics when its standard input ends.
+Run as `python dns_server.py WHAT {uvloop|asyncio} ADDRESS [COREDNS DIRECTORY]`, what = gate, coredns, echo, resolver;
+prints `ready` when it listens, and its statistics when its standard input ends.
 """
 
 from __future__ import annotations
