@@ -80,14 +80,15 @@ async def changes(served: Served, rounds: int) -> str:
 
 
 async def measure(found: dict[str, float], lines: list[str], *, once: bool) -> None:
-    agents, rules, starts = (3, (10,), 1) if once else (AGENTS, RULES, STARTS)
+    agents, rules = (2, (10,)) if once else (AGENTS, RULES)
     async with machine_with_world() as machine:
         began = time.perf_counter()
         done = await machine.host.run([sys.executable, "-c", IMPORTS], env=machine.environment)
         found["imports alone, s"] = time.perf_counter() - began
         found["imports alone, MiB"] = int(done.out) / 1024
-        found["first start, s"] = await start(machine)
-        found["later starts, median, s"] = statistics.median([await start(machine) for _ in range(starts)])
+        if not once:
+            found["first start, s"] = await start(machine)
+            found["later starts, median, s"] = statistics.median([await start(machine) for _ in range(STARTS)])
         async with serving(machine) as served:
             pid, had = served.process.pid, 0
             found["no agents, no rules, MiB"] = resident_mib(pid)
@@ -99,7 +100,8 @@ async def measure(found: dict[str, float], lines: list[str], *, once: bool) -> N
             said = await served.call(ADD_AGENTS.format(count=agents), timeout_s=600)
             assert said["agents"] == agents
             found[f"{had} rules, {agents} agents, MiB"] = resident_mib(pid)
-            lines.append(f"rule to enforced at {had} rules, {agents} agents: {await changes(served, 1)}")
+            if not once:
+                lines.append(f"rule to enforced at {had} rules, {agents} agents: {await changes(served, CHANGES // 3)}")
         began = time.perf_counter()
         async with serving(machine) as served:
             found[f"start with {had} rules, {agents} agents, s"] = time.perf_counter() - began

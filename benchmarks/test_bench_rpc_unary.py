@@ -69,7 +69,7 @@ def test_bench_rpc_unary(benchmark: Any, tmp_path: Path) -> None:
     ca.server()
     ca.leaf("clawker-cli")
     seconds, flights = (SECONDS, IN_FLIGHT) if benchmark.enabled else (0.2, (16,))
-    kinds = ["embedded", *(["hydra"] if peer("hydra") else [])]
+    kinds = ["embedded", *(["hydra"] if benchmark.enabled and peer("hydra") else [])]
     series: dict[tuple[str, str, int], list[Figures]] = {}
 
     def all_of_it() -> None:

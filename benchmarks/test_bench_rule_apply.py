@@ -109,7 +109,7 @@ def test_bench_rule_apply(benchmark: Any, tmp_path: Path, count: int) -> None:
             return took, await _lost(connections)
 
     async def main() -> None:
-        for way in WAYS if benchmark.enabled else [*CHANGES, "restart"] if count == COUNTS[0] else CHANGES:
+        for way in WAYS if benchmark.enabled or count == COUNTS[0] else CHANGES[:1]:
             directory = tmp_path / way
             directory.mkdir()
             found[way] = await one(way, directory)
@@ -125,7 +125,7 @@ def test_bench_rule_apply(benchmark: Any, tmp_path: Path, count: int) -> None:
             f"{count:>5} rules, {way:<9} p50 {middle * 1e3:7.1f} ms, p99 {_p99(took) * 1e3:7.1f} ms, "
             f"{middle / base:6.1f} x adding one, lost {lost:>2} of 20 connections"
         )
-    assert [found[way][1] for way in CHANGES] == [0, 0, 0]
+    assert [found[way][1] for way in CHANGES if way in found] == [0] * len(found.keys() & set(CHANGES))
 
 
 def _p99(took: list[float]) -> float:
