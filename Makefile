@@ -18,7 +18,7 @@ JOBS ?= 4
 PYTHONS := src tests benchmarks tools setup.py
 REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
-.PHONY: help run test test-fast test-asan dev build bench peers image lint types fmt ci doctor system clean
+.PHONY: help run test test-fast test-asan dev build bench bench-once peers image lint types fmt ci doctor system clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,7 +50,10 @@ build: $(BUILT) ## wheel and sdist in dist/
 	@$(BIN)/python -m build -q --no-isolation
 
 bench: $(BUILT) ## the benchmarks, as ratios in one run
-	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group -q
+	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group -q -s
+
+bench-once: $(BUILT) ## each benchmark once with timing off, so that none rots
+	@$(BIN)/python -m pytest benchmarks --benchmark-disable -q
 
 peers: $(PEERS:%=$(PEERS_BIN)/%) ## Hydra, Kratos, Oathkeeper and CoreDNS as Go modules, for tests and benchmarks (minutes)
 

@@ -53,7 +53,7 @@ def test_bench_map_update(benchmark: Any, directory: Path, count: int) -> None:
     try:
         benchmark.group = f"map_update {count}"
         benchmark.pedantic(lambda: bridge.put_many(*joined), rounds=15, warmup_rounds=2)
-        ours = benchmark.stats.stats.min * 1e9
+        ours = benchmark.stats.stats.min * 1e9 if benchmark.enabled else best(lambda: bridge.put_many(*joined), 1)
         peers = {
             "bridge, one row a call": best(each),
             "ctypes, batch": best(lambda: peer.batch(*joined, count)),

@@ -1,14 +1,14 @@
 """
-One rule more, in a running Envoy: from plan to acknowledged, next to the other ways of getting there.
+One rule added, changed or removed in a running Envoy: from accepted to acknowledged, connections lost (must be 0).
 
-Needs root (a network namespace of its own) and the real Envoy. Connections lost must be 0.
-Run: python -m pytest benchmarks/test_bench_rule_apply.py --benchmark-only
+Peers: restarting the same Envoy with the same configuration, and replacing its listener whole. Needs root (a network
+namespace of its own) and the real Envoy. What a caller of the server waits, kernel and disk included, is in
+test_bench_cold_start.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import shutil
 import statistics
 import time
@@ -23,9 +23,11 @@ from clawker_cp.firewall.rules import Rule
 from clawker_cp.testing.plan_world import rule
 from clawker_cp.testing.proxy_world import OUTSIDE, ProxyWorld, proxy_world, read_response, run_in_namespace
 
-pytestmark = [pytest.mark.root, pytest.mark.envoy, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.envoy, pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROUNDS = 9
+ROUNDS = {"add": 30, "change": 30, "remove": 30, "restart": 5, "listener": 5}
+COUNTS = (10, 100, 1000)
+CHANGES = ("add", "change", "remove")
 
 
 def _rules(count: int) -> list[Rule]:
@@ -33,8 +35,24 @@ def _rules(count: int) -> list[Rule]:
 
 
 async def _add_one(world: ProxyWorld, rules: list[Rule], number: int) -> float:
-    began = time.perf_counter()
+    return await _applied(world, *rules, rule(f"https://added{number}.example.com"))
+
+
+async def _change_one(world: ProxyWorld, rules: list[Rule], number: int) -> float:
+    """A rule of the middle gets another path."""
+    changed = list(rules)
+    changed[len(rules) // 2] = rule(f"https://host{len(rules) // 2:04}.example.com/v{number}")
+    return await _applied(world, *changed)
+
+
+async def _remove_one(world: ProxyWorld, rules: list[Rule], number: int) -> float:
     await world.apply(*rules, rule(f"https://added{number}.example.com"))
+    return await _applied(world, *rules)
+
+
+async def _applied(world: ProxyWorld, *rules: Rule) -> float:
+    began = time.perf_counter()
+    await world.apply(*rules)
     return time.perf_counter() - began
 
 
@@ -65,47 +83,65 @@ async def _replace_listener(world: ProxyWorld, rules: list[Rule], number: int) -
     return time.perf_counter() - began
 
 
-WAYS = {"rule": _add_one, "restart": _restart, "listener": _replace_listener}
+WAYS = {
+    "add": _add_one,
+    "change": _change_one,
+    "remove": _remove_one,
+    "restart": _restart,
+    "listener": _replace_listener,
+}
 
 
-@pytest.mark.parametrize("count", [10, 1000])
-@pytest.mark.parametrize("way", list(WAYS))
-def test_bench_rule_apply(benchmark: Any, tmp_path: Path, way: str, count: int) -> None:
-    """Accepted to acknowledged; `lost` is how many of 20 open connections did not survive."""
-    times: list[float] = []
-    lost = 0
+@pytest.mark.parametrize("count", COUNTS)
+def test_bench_rule_apply(benchmark: Any, tmp_path: Path, count: int) -> None:
+    """Every way in one run; `lost` is how many of 20 open connections did not survive it."""
+    found: dict[str, tuple[list[float], int]] = {}
 
-    async def main() -> None:
-        nonlocal lost
+    async def one(way: str, directory: Path) -> tuple[list[float], int]:
         rules = _rules(count)
-        async with proxy_world(tmp_path, *rules) as world:
+        async with proxy_world(directory, *rules) as world:
             world.view.zone["host0000.example.com"] = OUTSIDE
             await world.outside.http(443, "host0000.example.com")
             connections = [await world.connect("host0000.example.com") for _ in range(20)]
-            rounds = ROUNDS if way == "rule" else 3
-            for number in range(rounds):
-                times.append(await WAYS[way](world, rules, number))
+            rounds = ROUNDS[way] if benchmark.enabled else 1
+            took = [await WAYS[way](world, rules, number) for number in range(rounds)]
             await asyncio.sleep(1.5)  # what is drained goes within the drain time
-            for reader, writer in connections:
-                try:
-                    writer.write(b"GET / HTTP/1.1\r\nHost: host0000.example.com\r\n\r\n")
-                    async with asyncio.timeout(5):
-                        status, _, _ = await read_response(reader)
-                    lost += status != 200
-                except (OSError, EOFError, TimeoutError):
-                    lost += 1
-                writer.close()
+            return took, await _lost(connections)
 
-    run_in_namespace(main)
-    shutil.rmtree(tmp_path, ignore_errors=True)
-    series = itertools.cycle(times)
-    benchmark.pedantic(lambda: next(series), rounds=1)
-    benchmark.extra_info.update(
-        median_ms=round(statistics.median(times) * 1e3, 1), worst_ms=round(max(times) * 1e3, 1), lost=lost
-    )
-    print(
-        f"{way} at {count} rules: median {statistics.median(times) * 1e3:.1f} ms, "
-        f"worst {max(times) * 1e3:.1f} ms, lost {lost} of 20 connections"
-    )
-    if way == "rule":
-        assert lost == 0
+    async def main() -> None:
+        for way in WAYS if benchmark.enabled or count == COUNTS[0] else CHANGES[:1]:
+            directory = tmp_path / way
+            directory.mkdir()
+            found[way] = await one(way, directory)
+            shutil.rmtree(directory, ignore_errors=True)
+
+    benchmark.group = "rule_apply"
+    benchmark.pedantic(lambda: run_in_namespace(main), rounds=1)
+    base = statistics.median(found["add"][0])
+    print()
+    for way, (took, lost) in found.items():
+        middle = statistics.median(took)
+        print(
+            f"{count:>5} rules, {way:<9} p50 {middle * 1e3:7.1f} ms, p99 {_p99(took) * 1e3:7.1f} ms, "
+            f"{middle / base:6.1f} x adding one, lost {lost:>2} of 20 connections"
+        )
+    assert [found[way][1] for way in CHANGES if way in found] == [0] * len(found.keys() & set(CHANGES))
+
+
+def _p99(took: list[float]) -> float:
+    return sorted(took)[len(took) * 99 // 100]
+
+
+async def _lost(connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> int:
+    """How many connections no longer answer."""
+    lost = 0
+    for reader, writer in connections:
+        try:
+            writer.write(b"GET / HTTP/1.1\r\nHost: host0000.example.com\r\n\r\n")
+            async with asyncio.timeout(5):
+                status, _, _ = await read_response(reader)
+            lost += status != 200
+        except (OSError, EOFError, TimeoutError):
+            lost += 1
+        writer.close()
+    return lost

@@ -80,6 +80,59 @@ class ThroughCtypes:
         os.close(self.fd)
 
 
+class _CreateOptions(ctypes.Structure):
+    """`struct bpf_map_create_opts` of libbpf 1."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("btf", ctypes.c_uint32 * 4),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("map_extra", ctypes.c_uint64),
+        ("numa_node", ctypes.c_uint32),
+        ("map_ifindex", ctypes.c_uint32),
+    )
+
+
+class InnerMaps:
+    """
+    The other atomic way to replace a table: an array of one map, whose only row is changed to a map filled before.
+    """
+
+    HASH, ARRAY_OF_MAPS, NO_PREALLOC = 1, 12, 1
+
+    def __init__(self, key_bytes: int, value_bytes: int, rows: int) -> None:
+        self._lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        self._lib.bpf_map_update_elem.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
+        self._lib.bpf_map_update_batch.argtypes = [
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32), ctypes.c_void_p,
+        ]  # fmt: skip
+        self._sizes = key_bytes, value_bytes, rows
+        self._inner = self._create(self.HASH, *self._sizes, map_flags=self.NO_PREALLOC)
+        self._outer = self._create(self.ARRAY_OF_MAPS, 4, 4, 1, inner_map_fd=self._inner)
+
+    def _create(self, kind: int, key_bytes: int, value_bytes: int, rows: int, **more: int) -> int:
+        options = _CreateOptions(size=ctypes.sizeof(_CreateOptions), **more)
+        made = self._lib.bpf_map_create(kind, b"ckbench", key_bytes, value_bytes, rows, ctypes.byref(options))
+        if made < 0:
+            raise OSError(ctypes.get_errno(), "bpf_map_create")
+        return int(made)
+
+    def replace(self, keys: bytes, values: bytes, count: int) -> None:
+        """
+        Fill a new map and put it in the place of the old one.
+        """
+        made, number = self._create(self.HASH, *self._sizes, map_flags=self.NO_PREALLOC), ctypes.c_uint32(count)
+        assert self._lib.bpf_map_update_batch(made, keys, values, ctypes.byref(number), None) == 0
+        assert self._lib.bpf_map_update_elem(self._outer, bytes(4), made.to_bytes(4, "little"), 0) == 0
+        os.close(self._inner)
+        self._inner = made
+
+    def close(self) -> None:
+        os.close(self._inner)
+        os.close(self._outer)
+
+
 def through_bcc(path: Path, keys: list[bytes], values: list[bytes]) -> int | None:
     """
     Nanoseconds that Debian's python3-bpfcc takes for all rows, the best of five; None where it is not installed.
