@@ -30,8 +30,8 @@ BUSYBOX = Path("/usr/bin/busybox")
 HEALTHY = """#!/bin/sh
 trap 'echo drained; kill $!; exit 0' TERM
 echo '{"level":"info","event":"cp_ready"}'
-answer='HTTP/1.1 200 OK\\r\\nContent-Length: 20\\r\\n\\r\\n{"status":"healthy"}'
-while :; do printf "$answer" | nc -l -p 7080 & wait $!; done
+ANSWER='HTTP/1.1 200 OK\\r\\n\\r\\n{"status":"healthy"}'
+while :; do printf "$ANSWER" | nc -l -p 7080 & wait $!; done
 """
 DIES = """#!/bin/sh
 echo '{"level":"info","event":"cp_starting"}'
@@ -40,8 +40,8 @@ exit 1
 """
 STUCK = """#!/bin/sh
 trap 'exit 0' TERM
-answer='HTTP/1.1 503 No\\r\\n\\r\\n{"status":"unhealthy","failed_probe":"envoy"}'
-while :; do printf "$answer" | nc -l -p 7080 & wait $!; done
+ANSWER='HTTP/1.1 503 No\\r\\n\\r\\n{"status":"unhealthy","failed_probe":"envoy"}'
+while :; do printf "$ANSWER" | nc -l -p 7080 & wait $!; done
 """
 
 
@@ -105,7 +105,7 @@ async def test_up_makes_it_once(engine: EngineHost) -> None:
 
 
 async def test_the_engine_took_what_was_asked(engine: EngineHost) -> None:
-    """Inside: the host's processes and cgroups, read-only where meant, six capabilities, no key of the operator's."""
+    """The host's processes and cgroups, read-only what is read-only, few capabilities, no key of the operator's."""
     await up(engine)
     record = await inspect(engine)
     host = record["HostConfig"]
@@ -161,9 +161,8 @@ async def test_one_that_does_not_get_healthy_is_taken_back(engine: EngineHost, b
     old = await inspect(engine)
     failed = await engine.ctl("up", "--image", broken, "--wait", "4")
 
-    assert (
-        failed.code == 1 and words in failed.err.splitlines()[0] and "the previous container runs again" in failed.err
-    )
+    assert failed.code == 1 and words in failed.err.splitlines()[0]
+    assert "the previous container runs again" in failed.err
     now = await inspect(engine)
     assert now["Id"] == old["Id"] and now["State"]["Running"]
     assert len((await engine.out("ps", "-aq")).split()) == 1

@@ -70,9 +70,7 @@ async def test_what_it_runs_with_is_there(files: dict[str, str]) -> None:
 async def test_no_registry_is_named_in_it(engine: EngineHost) -> None:
     """Neither in a file of pip or apt, nor in the history of how it was made."""
     told = [os.environ[name] for name in os.environ if name.startswith("PIP_") and "//" in os.environ[name]]
-    look = (
-        "cat /etc/pip.conf /root/.config/pip/pip.conf /opt/clawker-cp/pip.conf /etc/apt/sources.list 2>/dev/null; true"
-    )
+    look = "cat /etc/pip.conf /root/.config/pip/pip.conf /opt/*/pip.conf /etc/apt/sources.list 2>/dev/null; true"
     found = await engine.out("run", "--rm", "--network=none", "--entrypoint=sh", IMAGE, "-c", look)
     history = await engine.out("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE)
     configured = json.loads(await engine.out("inspect", IMAGE))[0]["Config"]["Env"]
