@@ -261,7 +261,7 @@ async def test_assertions_are_judged_as_the_contract_says(outsider: Outsider) ->
         "one in a list": (assertion("clawker-cli", aud=[AUDIENCE]), "admin"),
         "ended": (assertion("clawker-cli", iat=now - 60, exp=now - 11), "admin"),
         "from the future": (assertion("clawker-cli", iat=now + 90, exp=now + 120), "admin"),
-        "long-lived": (assertion("clawker-cli", exp=now + 301), "admin"),
+        "long-lived": (assertion("clawker-cli", iat=now, exp=now + 301), "admin"),
         "no number": (assertion("clawker-cli", jti=""), "admin"),
         "a scope of others": (assertion("clawker-cli"), "agent:self:register"),
         "no scope": (assertion("clawker-cli"), ""),

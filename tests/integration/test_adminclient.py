@@ -53,7 +53,7 @@ class Firewall:
             raise self.refuse
         return []
 
-    async def enable(self, container_id: str) -> None:
+    async def status(self) -> Any:
         if self.stuck:
             await asyncio.Event().wait()
 
@@ -179,7 +179,7 @@ async def test_a_call_has_a_deadline(world: World) -> None:
     world.firewall.stuck = True
     async with world.client() as client:
         with pytest.raises(RpcFailed) as late:
-            await client.call("FirewallEnable", admin.FirewallEnableRequest(container_id="x"), timeout_s=0.2)
+            await client.call("FirewallStatus", admin.FirewallStatusRequest(), timeout_s=0.2)
     assert late.value.status == "DEADLINE_EXCEEDED"
 
 

@@ -262,7 +262,8 @@ async def test_control_plane_dials_the_agents_daemon_and_nobody_else_comes_in(co
     assert dialled == CP
     assert others == ["TimeoutError"] * 2
     assert siblings in {"TimeoutError", "OSError"}
-    assert (early, began, turned, late) == ("TimeoutError", CP, "TimeoutError", "TimeoutError")
+    # Silence either way: whether the neighbour's MAC is still known decides which of the two the kernel says.
+    assert began == CP and {early, turned, late} <= {"TimeoutError", "OSError"}
 
 
 async def test_answer_nobody_asked_for_does_not_pass(contained: Yard) -> None:
