@@ -17,6 +17,7 @@ import orjson
 import pytest
 
 from clawker_cp import accel
+from clawker_cp._fast.events import decode_events as fast_decode
 from clawker_cp._pure.events import decode_events as plain_decode
 from clawker_cp.telemetry import enrich
 from clawker_cp.telemetry.flowlog import FlowLog
@@ -67,10 +68,10 @@ def to_flows(events: list[Any]) -> list[Flow]:
 
 
 @pytest.mark.benchmark(group="decode 4096 records")
-@pytest.mark.parametrize("decode", [accel.decode_events, plain_decode], ids=["accel", "plain"])
+@pytest.mark.parametrize("decode", [fast_decode, plain_decode], ids=["accel", "plain"])
 def test_bench_decode(benchmark: Any, decode: Any) -> None:
     """Ring buffer bytes to objects."""
-    assert len(benchmark(decode, BUFFER)) == COUNT
+    assert len(benchmark(decode, BUFFER, accel.KernelEvent)) == COUNT
 
 
 @pytest.mark.benchmark(group="enrich 4096 records")

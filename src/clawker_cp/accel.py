@@ -8,8 +8,7 @@ CLAWKER_CP_NO_EXTENSIONS=1 selects the twins; the map bridge has none and is imp
 from __future__ import annotations
 
 import os
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING or os.environ.get("CLAWKER_CP_NO_EXTENSIONS") == "1":
     from clawker_cp._pure.dnswire import Query, build_reply, parse_query
@@ -67,15 +66,11 @@ class Granted(NamedTuple):
     exp: int
 
 
-_as_event = partial(tuple.__new__, KernelEvent)
-
-
 def decode_events(buffer: bytes) -> list[KernelEvent]:
     """
     Decode ring buffer records, in order.
     """
-    # `KernelEvent._make` would check and convert each record again, and cost more than the decoding.
-    return list(map(_as_event, _decode(buffer)))
+    return cast("list[KernelEvent]", _decode(buffer, KernelEvent))
 
 
 def libbpf_version() -> str:
