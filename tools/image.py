@@ -9,6 +9,7 @@ Where a registry is reachable, `docker build -t clawker-cp .` does the same from
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -56,9 +57,12 @@ def have_base(docker: list[str], purpose: str, name: str) -> str:
 
 
 def build(docker: list[str], tag: str, extra: list[str]) -> None:
-    """Build the image; its containers have no network while it is built."""
-    fetch_wheels()
-    arguments = [f"--build-arg={key}={have_base(docker, *where)}" for key, where in BASES.items()]
+    """Build the image; its containers have no network while it is built. Several may be built at a time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fetch_wheels()
+        arguments = [f"--build-arg={key}={have_base(docker, *where)}" for key, where in BASES.items()]
     arguments.append(f"--build-arg=VERSION={version('clawker-cp')}")
     subprocess.run(
         [*docker, "build", "--network", "none", *arguments, *extra, "-t", tag, str(ROOT)],

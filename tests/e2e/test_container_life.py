@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,15 +19,16 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from clawker_cp.testing.docker_world import missing
 from clawker_cp.testing.image_world import EngineHost, engine_host
 from clawker_cp.wiring.own_container import NAME, SPEC
 
 pytestmark = [
     pytest.mark.root, pytest.mark.slow, pytest.mark.docker, pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(180), pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
 ]  # fmt: skip
 
-BUSYBOX = Path("/usr/bin/busybox")
+BUSYBOX = Path(shutil.which("busybox") or "/bin/busybox")
 # Answers as the server would; says when it is asked to drain, and does.
 HEALTHY = """#!/bin/sh
 trap 'echo drained; kill $!; exit 0' TERM
@@ -127,6 +130,19 @@ async def test_the_engine_took_what_was_asked(engine: EngineHost) -> None:
     assert refused.code and "Read-only" in refused.err
     await engine.out("exec", NAME, "/bin/busybox", "touch", "/usr/local/share/clawker/firewall/x")
     assert (engine.host.directory / "data/firewall/x").exists()
+
+
+@pytest.mark.parametrize(("left_out", "code"), [("SYS_PTRACE", 1), ("SYS_ADMIN", 1), ("", 0)])
+async def test_another_processes_network_takes_two_of_its_capabilities(
+    engine: EngineHost, left_out: str, code: int
+) -> None:
+    """SYS_PTRACE to open the namespace, SYS_ADMIN to enter it; with either alone the kernel refuses (R1)."""
+    given = [f"--cap-add={name}" for name in ("SYS_ADMIN", "SYS_PTRACE", "NET_ADMIN") if name != left_out]
+    done = await engine.docker(
+        "run", "--rm", "--network=none", "--pid=host", "--cap-drop=ALL", *given, "--volume=/usr:/usr:ro",
+        "clawker-test:1", "/usr/bin/nsenter", "--target", str(os.getpid()), "--net", "true",
+    )  # fmt: skip
+    assert (done.code, "ns/net" in done.err or "reassociate" in done.err) == (code, bool(code))
 
 
 async def test_another_image_replaces_it(engine: EngineHost) -> None:

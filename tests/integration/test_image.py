@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from clawker_cp.testing.docker_world import missing
 from clawker_cp.testing.image_world import EngineHost, engine_host
 from clawker_cp.testing.peers import WHY, peer
 
 pytestmark = [
     pytest.mark.root, pytest.mark.slow, pytest.mark.docker, pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(600), pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
 ]  # fmt: skip
 
 IMAGE = "clawker-cp:tested"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
 
 from clawker_cp.config import OVERRIDE_PREFIX, Directories, Settings
@@ -147,7 +148,8 @@ def create_body(settings: Settings, directories: Directories, tree: AuthTree, wa
     """
     The engine's create request, with the digest of all of it as a label.
 
-    What the certificates are is part of the digest: a mount shows the file that was there at the start.
+    Settings and certificates are part of the digest: the server reads the former once, and a mount shows the
+    file that was there at the start.
     """
     ports = published(settings)
     health = f"http://{LOOPBACK}:{settings.cli.control_plane.health_port}/healthz"
@@ -184,7 +186,7 @@ def create_body(settings: Settings, directories: Directories, tree: AuthTree, wa
         },
         "NetworkingConfig": {"EndpointsConfig": {NETWORK: endpoint}},
     }
-    body["Labels"][SPEC] = _digest(body, wanted.image_id, tree)
+    body["Labels"][SPEC] = _digest(body, wanted.image_id, settings, tree)
     return body
 
 
@@ -196,10 +198,11 @@ def without_bpf_capability(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**body, "HostConfig": {**host, "CapAdd": [name for name in host["CapAdd"] if name != "BPF"]}}
 
 
-def _digest(body: Mapping[str, Any], image_id: str, tree: AuthTree) -> str:
+def _digest(body: Mapping[str, Any], image_id: str, settings: Settings, tree: AuthTree) -> str:
     certificates = [tree.path(name) for name in MATERIAL if name.endswith(".pem") and tree.path(name).exists()]
     stable = {**body, "Image": image_id}  # the name of an image says nothing about what is in it
     digest = hashlib.sha256(orjson.dumps(stable, option=orjson.OPT_SORT_KEYS))
+    digest.update(msgspec.json.encode(settings))
     for certificate in certificates:
         digest.update(certificate.read_bytes())
     return digest.hexdigest()

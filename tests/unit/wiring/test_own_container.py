@@ -178,16 +178,16 @@ def test_somebody_elses_container_is_not_touched(body: dict[str, Any], labels: d
 
 
 def test_the_digest_sees_what_the_name_of_an_image_does_not(directories: Directories, tree: AuthTree) -> None:
-    """Another image by the same name, other certificates or another address: another container. The name alone: not."""
-    settings = Settings()
+    """Another image by that name, other settings, certificates or address: another container. The name alone: not."""
 
-    def digest(**changes: Any) -> str:
+    def digest(settings: Settings = Settings(), **changes: Any) -> str:
         wanted = Wanted(**{name: changes.get(name, getattr(WANTED, name)) for name in Wanted.__slots__})
         return str(create_body(settings, directories, tree, wanted)["Labels"][SPEC])
 
     first = digest()
     assert digest(image="registry.example/clawker-cp") == first
-    assert len({first, digest(image_id=OTHER_ID), digest(address=""), digest(environ={})}) == 4
+    quiet = msgspec.structs.replace(Settings(), engine="docker")
+    assert len({first, digest(image_id=OTHER_ID), digest(address=""), digest(environ={}), digest(quiet)}) == 5
     tree.rotate()
     assert digest() != first
 
