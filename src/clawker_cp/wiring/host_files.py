@@ -52,7 +52,7 @@ def take_pid_file() -> Any:
         raise Conflict(
             f"a control plane runs on this host already (see {path})",
             code="ALREADY_RUNNING",
-            hint="`clawker-cp run` joins it",
+            hint="`clawker-cp run` joins one that serves sandboxes; one that serves containers runs none (`engine`)",
         ) from error
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
