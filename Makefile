@@ -13,8 +13,8 @@ PEERS := hydra kratos oathkeeper coredns
 PEERS_BIN := $(CURDIR)/build/peers/bin
 TAGS_hydra := sqlite,json1
 TAGS_kratos := sqlite,json1
-# Tests mostly wait for namespaces, daemons and proxies: more of them at once than there are cores.
-JOBS ?= 3
+# Tests mostly wait for namespaces, daemons and proxies: as many files at once as there are cores.
+JOBS ?= 2
 PYTHONS := src tests benchmarks tools setup.py
 REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
