@@ -59,6 +59,10 @@ class Host:
         self.rows.discard(agent.cgroup_id)
         self.told.append("no row")
 
+    async def readmit(self, address: str) -> None:
+        if any(word.startswith("pin") for word in self.told):
+            self.told.append(f"readmit {address}")
+
     async def pin(self, interface: str, address: str, *, mac: str, infrastructure: bool = False) -> None:
         self.told.append(f"pin {interface} {address} {mac[-2:]}{' infrastructure' if infrastructure else ''}")
 
@@ -102,7 +106,13 @@ async def test_frames_pass_last_and_stop_first(container: AgentContainer, cgroup
     await side.open(container)
     assert await side.holds(agent, container) and side.owner(5) == ID
     await side.withdraw(agent)
-    assert host.told == ["row", "pin veth1 198.51.100.7 01", "unpin veth1 198.51.100.7", "no row"]
+    assert host.told == [
+        "row",
+        "pin veth1 198.51.100.7 01",
+        "readmit 198.51.100.7",
+        "unpin veth1 198.51.100.7",
+        "no row",
+    ]
     assert side.owner(5) == "" and not await side.holds(agent, container)
 
 
@@ -118,7 +128,7 @@ async def test_another_process_or_address_is_another_port(container: AgentContai
     host.ports[200] = Port("veth2", 6, "02:00:00:00:00:02")
     assert not await side.holds(agent, again)
     await side.open(again)
-    assert host.told[-2:] == ["unpin veth1 198.51.100.7", "pin veth2 198.51.100.8 02"]
+    assert host.told[-3:] == ["unpin veth1 198.51.100.7", "pin veth2 198.51.100.8 02", "readmit 198.51.100.8"]
 
 
 async def test_a_container_without_a_cgroup_is_told(container: AgentContainer) -> None:
