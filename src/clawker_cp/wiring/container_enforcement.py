@@ -83,6 +83,13 @@ class ContainerEnforcement:
         self._clock = clock
         self._paths: dict[int, Path] = {}
         self._pinned: dict[str, _Pinned] = {}  # by container; those that share a network namespace share a port
+        self._doubted: set[str] = set()
+
+    def doubt(self, container_id: str) -> None:
+        """
+        Look a container's port up again before the next time it is said to hold: it may be another one by now.
+        """
+        self._doubted.add(container_id)
 
     def owner(self, index: int) -> str:
         """
@@ -150,6 +157,7 @@ class ContainerEnforcement:
         """
         known = self._pinned.get(container.id)
         pinned = known is not None and (known.pid, known.address) == (container.pid, container.address)
+        pinned = pinned and container.id not in self._doubted
         return (pinned or self._ring is None) and self._enforcement.enrolled(agent)
 
     async def isolate(self, agent: EnrolledAgent) -> None:
@@ -208,8 +216,10 @@ class ContainerEnforcement:
         if not infrastructure or not any(one.is_agent for one in sharing):
             await self._ring.pin(port.interface, container.address, mac=port.mac, infrastructure=infrastructure)
         self._pinned[container.id] = _Pinned(container.pid, port, container.address, not infrastructure)
+        self._doubted.discard(container.id)
 
     async def _unpin(self, container_id: str) -> None:
+        self._doubted.discard(container_id)
         pinned = self._pinned.pop(container_id, None)
         if pinned is None or self._ring is None:
             return

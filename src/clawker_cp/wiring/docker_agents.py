@@ -173,8 +173,11 @@ class DockerAgents:
 
     async def _handle(self, event: DockerEvent) -> None:
         container_id, action = event.container_id, event.action
-        if event.kind == "network" and action not in _OF_NETWORK:
-            return
+        if event.kind == "network":
+            if action not in _OF_NETWORK:
+                return
+            if event.id == self.network.id:
+                self._enforcement.doubt(container_id)
         if event.kind == "container" and action == "destroy":
             await self._gone(container_id)
             return
@@ -221,6 +224,8 @@ class DockerAgents:
 
     async def _reconcile(self) -> None:
         try:
+            for container in self.living():
+                self._enforcement.doubt(container.id)
             await self._lives.reconcile()
             for container_id in await self._host.on_network():
                 if self._roster.by_id(container_id) is None:

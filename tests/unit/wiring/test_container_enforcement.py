@@ -217,3 +217,37 @@ async def test_death_is_the_end_of_the_last_process(container: AgentContainer, c
     await side.wait_dead(number)
     assert asked == []
     await side.wait_dead(number + 1)  # never attached: nothing to wait for
+
+
+async def test_a_shared_port_is_an_agents_until_the_last_agent_is_gone(container: AgentContainer, cgroup: Path) -> None:
+    """Behind one port a neighbour does not take an agent's pin, and one that leaves does not close it for the other."""
+    host = Host()
+    side = make(host)
+    neighbour = AgentContainer("b" * 64, "n", {}, True, address=container.address, pid=100)
+    await side.admit_neighbour(neighbour)
+    await side.attach(container)
+    await side.open(container)
+    await side.admit_neighbour(neighbour)  # an event of it, whichever
+    await side.withdraw(agent_in(cgroup))
+    await side.forget_neighbour(neighbour.id)
+    pins = [word for word in host.told if "pin" in word]
+    assert pins == [
+        "pin veth1 198.51.100.7 01 infrastructure", "pin veth1 198.51.100.7 01",
+        "pin veth1 198.51.100.7 01 infrastructure", "unpin veth1 198.51.100.7",
+    ]  # fmt: skip
+
+
+async def test_a_port_in_doubt_is_looked_up_again(container: AgentContainer, cgroup: Path) -> None:
+    """Off the network and on again is another veth at the same address and process: it holds only once it is pinned."""
+    host = Host()
+    side = make(host)
+    agent = agent_in(cgroup)
+    await side.attach(container)
+    await side.admit(agent, container)
+    await side.open(container)
+    host.ports[100] = Port("veth9", 9, "02:00:00:00:00:09")
+    side.doubt(ID)
+    held = await side.holds(agent, container)
+    await side.open(container)
+    assert not held and await side.holds(agent, container)
+    assert host.told[-3:-1] == ["unpin veth1 198.51.100.7", "pin veth9 198.51.100.7 09"]

@@ -1,0 +1,295 @@
+"""
+What owners and operators do to containers, meaning well: networks, sharing, labels, slots, bypass, quarantine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
+from clawker_cp.testing.docker_world import missing
+from clawker_cp.testing.served import Served, serving
+from clawker_cp.testing.world_names import EVIL
+
+pytestmark = [
+    pytest.mark.root, pytest.mark.slow, pytest.mark.docker, pytest.mark.envoy, pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"), pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
+]  # fmt: skip
+
+CURL = ("/usr/bin/curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}", "http://api.example.com/x")
+# Says once a second's tenth whether an address without a rule answers.
+KNOCK = f"""
+import socket
+try:
+    with socket.create_connection(({EVIL!r}, 6379), 2) as peer:
+        peer.sendall(b"escaped-knock")
+        print("reached", peer.recv(13))
+except OSError as error:
+    print("refused", error.errno)
+"""
+RESTLESS = f"""
+import socket, time
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True:
+    for address in (({EVIL!r}, 5000), ({EVIL!r}, 443)):
+        try:
+            u.sendto(b"escaped-restless", address)
+        except OSError:
+            pass
+        try:
+            socket.create_connection(({EVIL!r}, 6379), 0.1).send(b"escaped-restless")
+        except OSError:
+            pass
+    time.sleep(0.005)
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def machine() -> AsyncIterator[DockerMachine]:
+    async with docker_machine(live_restore=True) as made:
+        made.machine.environment["CLAWKER_CP_FIREWALL__MAX_AGENTS"] = "4"
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(machine: DockerMachine) -> AsyncIterator[Served]:
+    async with serving(machine.machine) as served:
+        done = await machine.ctl("allow", "http://api.example.com")
+        assert done.code == 0, done.err
+        yield served
+
+
+async def until(what: Callable[[], Awaitable[bool]], limit_s: float = 20.0) -> None:
+    """Ask again until it is so."""
+    async with asyncio.timeout(limit_s):
+        while not await what():
+            await asyncio.sleep(0.05)
+
+
+async def start(machine: DockerMachine, agent: str, *argv: str, **options: Any) -> str:
+    options.setdefault("network", NETWORK)
+    container = await machine.docker.agent(agent, *argv, usr=True, **options)
+    await machine.wait_enrolled(container)
+    return container
+
+
+async def docker(machine: DockerMachine, *words: str) -> str:
+    """The engine's own command line, as its users call it."""
+    done = await machine.machine.host.run(["docker", *words], env=machine.machine.environment, timeout_s=60)
+    assert done.code == 0, done.err
+    return done.out.strip()
+
+
+async def session(machine: DockerMachine, container: str) -> dict[str, Any]:
+    return next((one for one in await machine.agents() if one["container_id"] == container), {})
+
+
+async def remove(machine: DockerMachine, *containers: str) -> None:
+    for container in containers:
+        await machine.docker.client.remove(container, force=True)
+
+    async def gone() -> bool:
+        return not {one["container_id"] for one in await machine.agents()} & set(containers)
+
+    await until(gone)
+
+
+async def test_nothing_opens_whatever_the_engine_does_to_a_container(machine: DockerMachine, served: Served) -> None:
+    """Row 28: HUP, pause, rename, update, restart, network off and on while it never stops trying: no byte gets out."""
+    await machine.machine.world.reset()
+    container = await start(machine, "restless", "/usr/bin/python3", "-c", RESTLESS)
+    first = (await session(machine, container))["address"]
+    await docker(machine, "kill", "-s", "CONT", container)
+    for words in (("pause",), ("unpause",), ("update", "--cpu-shares", "512")):
+        await docker(machine, *words, container)
+    await docker(machine, "rename", container, "renamed")
+    await docker(machine, "network", "disconnect", NETWORK, container)
+    await docker(machine, "network", "connect", NETWORK, container)
+    await until(lambda: _reaches(machine, container))
+    await docker(machine, "network", "disconnect", NETWORK, container)
+    await docker(machine, "network", "connect", "--ip", "10.231.97.77", NETWORK, container)
+    await until(lambda: _reaches(machine, container))
+    moved = await session(machine, container)
+    await docker(machine, "restart", "-t", "0", container)
+    await machine.wait_enrolled(container)
+    await until(lambda: _reaches(machine, container))
+    # HUP ends a process that does not handle it: the container is gone, and so are its rows.
+    await docker(machine, "kill", "-s", "HUP", container)
+    packets = await machine.machine.world.packets(dst=EVIL)
+    await remove(machine, container)
+
+    assert first != moved["address"] == "10.231.97.77"
+    assert packets == []
+
+
+async def _reaches(machine: DockerMachine, container: str) -> bool:
+    return (await machine.inside(container, *CURL)).out == "200"
+
+
+async def test_a_second_network_is_covered_and_told_whenever_it_comes(machine: DockerMachine, served: Served) -> None:
+    """Row 34: sockets are judged on any network; one attached to a running agent is shown like one from the start."""
+    await docker(machine, "network", "create", "--subnet", "203.0.113.192/28", "aside")
+    try:
+        container = await start(machine, "second")
+        before = (await session(machine, container)).get("exposures", [])
+        await docker(machine, "network", "connect", "aside", container)
+
+        async def told() -> bool:
+            return "second_network:aside" in (await session(machine, container)).get("exposures", [])
+
+        await until(told, 10)
+        tried = await machine.python(container, KNOCK.replace(EVIL, "203.0.113.193"))
+        await docker(machine, "network", "disconnect", "aside", container)
+
+        async def forgotten() -> bool:
+            return not (await session(machine, container)).get("exposures", [])
+
+        await until(forgotten, 10)
+        await remove(machine, container)
+    finally:
+        await docker(machine, "network", "rm", "aside")
+
+    assert before == []
+    assert tried.out.startswith("refused")
+
+
+async def test_a_shared_network_namespace_opens_nothing_and_closes_nobody(
+    machine: DockerMachine, served: Served
+) -> None:
+    """Sidecars of an agent are told; an end of one leaves the other its network; frames of both are an agent's."""
+    owner = await start(machine, "owner")
+    sidecar = await machine.docker.run(
+        "sidecar", "sleep", "1000", usr=True, host_config={"NetworkMode": f"container:{owner}"}
+    )
+
+    async def told() -> bool:
+        return "shared_network:sidecar" in (await session(machine, owner)).get("exposures", [])
+
+    await until(told, 10)
+    tried = await machine.python(sidecar, KNOCK)
+    await machine.docker.client.remove(sidecar, force=True)
+    second = await start(machine, "guest", network=f"container:{owner}")
+    as_guest = await machine.python(second, KNOCK)
+    await remove(machine, second)
+    await until(lambda: _reaches(machine, owner))
+    await remove(machine, owner)
+
+    assert tried.out.startswith("refused") and as_guest.out.startswith("refused")
+
+
+async def test_an_agent_behind_somebody_elses_port_is_an_agent_to_the_ring(
+    machine: DockerMachine, served: Served
+) -> None:
+    """The neighbour's free network ends while an agent shares its namespace, whatever happens to the neighbour."""
+    neighbour = await machine.docker.run("neighbour", "sleep", "1000", usr=True, host_config={"NetworkMode": NETWORK})
+
+    async def free() -> bool:
+        return (await machine.python(neighbour, KNOCK)).out.startswith("reached")
+
+    await until(free)
+    guest = await start(machine, "guest", network=f"container:{neighbour}")
+    await docker(machine, "rename", "neighbour", "neighbour2")
+    shown = await session(machine, guest)
+    during = [(await machine.python(one, KNOCK)).out[:7] for one in (guest, neighbour)]
+    await remove(machine, guest)
+    await until(free)
+    await machine.docker.client.remove(neighbour, force=True)
+
+    assert during == ["refused", "refused"]
+    assert any(one.startswith("shared_network:") for one in shown["exposures"])
+
+
+async def test_what_cannot_be_enrolled_is_denied_and_shown(machine: DockerMachine, served: Served) -> None:
+    """Host network, no network, labels that are no name: denied, listed as not enrolled, told by the agents' health."""
+    odd = {
+        "hostnet": await machine.docker.agent("hostnet", usr=True, network="host"),
+        "nonet": await machine.docker.agent("nonet", usr=True, network="none"),
+        "label": await machine.docker.agent(
+            "label", usr=True, network=NETWORK, labels={"dev.clawker.agent": "../../x y"}, name="odd-label"
+        ),
+    }
+
+    async def shown() -> bool:
+        return {one["container_id"] for one in await machine.agents()} >= set(odd.values())
+
+    await until(shown)
+    listed = {name: await session(machine, container) for name, container in odd.items()}
+    tried = [(await machine.python(container, KNOCK)).out[:7] for container in odd.values()]
+
+    async def degraded() -> bool:
+        told = await machine.told("status")
+        return any(
+            one["name"] == "agents" and "could not be enrolled" in one.get("detail", "") for one in told["components"]
+        )
+
+    await until(degraded)
+    await remove(machine, *odd.values())
+
+    assert tried == ["refused"] * 3
+    assert [one.get("enrolled", False) for one in listed.values()] == [False] * 3
+    assert listed["hostnet"]["exposures"] == ["host_network"]
+
+
+async def test_equal_labels_are_two_agents_of_one_policy(machine: DockerMachine, served: Served) -> None:
+    """Both are enforced; a reference by name is refused as ambiguous, and the end of one leaves the other its rules."""
+    twins = [await start(machine, "twin", name=f"twin-{number}") for number in range(2)]
+    reached = [await _reaches(machine, one) for one in twins]
+    ambiguous = await machine.ctl("quarantine", "p/twin", "--reason", "test")
+    await remove(machine, twins[0])
+    after = await _reaches(machine, twins[1])
+    await remove(machine, twins[1])
+
+    assert reached == [True, True] and after
+    assert ambiguous.code != 0 and "twin" in ambiguous.err
+
+
+async def test_more_agents_than_slots_wait_for_one(machine: DockerMachine, served: Served) -> None:
+    """Row 27: the agent that found no slot is denied, shown with the limit, and enrolled soon after one is free."""
+    first = [await start(machine, f"slot{number}") for number in range(4)]
+    late = await machine.docker.agent("late", usr=True, network=NETWORK)
+
+    async def refused() -> bool:
+        told = await machine.told("status")
+        return any(one["name"] == "agents" and late[:12] in one.get("detail", "") for one in told["components"])
+
+    await until(refused)
+    tried = await machine.python(late, KNOCK)
+    await remove(machine, first[0])
+    await machine.wait_enrolled(late)
+    await until(lambda: _reaches(machine, late))
+    await remove(machine, late, *first[1:])
+
+    assert tried.out.startswith("refused")
+
+
+async def test_a_bypass_passes_the_engines_rules_and_ends_without_us(machine: DockerMachine, served: Served) -> None:
+    """Direct egress by FORWARD and MASQUERADE for its time; the server killed meanwhile, it ends all the same (I3)."""
+    container = await start(machine, "bypassed")
+    before = await machine.python(container, KNOCK)
+    done = await machine.ctl("bypass", "p/bypassed", "--for", "8s")
+    assert done.code == 0, done.err
+    during = await machine.python(container, KNOCK)
+    served.process.send_signal(signal.SIGKILL)
+    await served.process.wait()
+
+    async def ended() -> bool:
+        return (await machine.python(container, KNOCK)).out.startswith("refused")
+
+    still = await machine.python(container, KNOCK)
+    await until(ended)
+    async with serving(machine.machine):
+        await machine.wait_enrolled(container)
+        await until(lambda: _reaches(machine, container))
+        refused = await machine.ctl("firewall", "down")
+        after = await machine.python(container, KNOCK)
+        await remove(machine, container)
+
+    assert before.out.startswith("refused") and after.out.startswith("refused")
+    assert during.out.startswith("reached") and still.out.startswith("reached")
+    assert refused.code != 0 and "bypassed" in refused.err
