@@ -6,12 +6,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
+import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 import pytest_asyncio
 
+from clawker_cp.testing.certificates import TestCa
 from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
 from clawker_cp.testing.docker_world import missing
 from clawker_cp.testing.served import Served, serving
@@ -266,6 +272,113 @@ async def test_more_agents_than_slots_wait_for_one(machine: DockerMachine, serve
     await remove(machine, late, *first[1:])
 
     assert tried.out.startswith("refused")
+
+
+# What the agent daemon does: a token for the assertion it was given, then Register.
+REGISTER = """
+import json, ssl, sys, urllib.parse, urllib.request
+import grpc
+from clawker_cp._proto.clawker.agent.v1 import agent_pb2
+place, assertion, agent, project = sys.argv[1:]
+read = lambda name: open(place + "/" + name, "rb").read()
+tls = ssl.create_default_context(cafile=place + "/ca.pem")
+tls.check_hostname = False  # the daemon dials a name that the address stands for here
+form = urllib.parse.urlencode({
+    "grant_type": "client_credentials", "scope": "agent:self:register", "client_assertion": assertion,
+    "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+}).encode()
+answer = urllib.request.urlopen("https://GATEWAY:4444/oauth2/token", form, context=tls, timeout=10)
+token = json.load(answer)["access_token"]
+credentials = grpc.ssl_channel_credentials(read("ca.pem"), read("leaf.key"), read("leaf.pem"))
+options = [("grpc.ssl_target_name_override", "clawker-controlplane")]
+with grpc.secure_channel("GATEWAY:7444", credentials, options=options) as channel:
+    call = channel.unary_unary("/clawker.agent.v1.AgentService/Register")
+    message = agent_pb2.RegisterRequest(agent_name=agent, project=project).SerializeToString()
+    try:
+        call(message, metadata=(("authorization", "Bearer " + token),), timeout=10)
+        print("OK")
+    except grpc.RpcError as error:
+        print(error.code().name, error.details())
+""".replace("GATEWAY", "10.231.96.1")
+
+
+async def test_an_agents_certificate_is_good_from_its_container_only(machine: DockerMachine, served: Served) -> None:
+    """Row 30: the leaf of one container, sent from another's address, is refused; from its own it registers."""
+    victim, thief = await start(machine, "victim"), await start(machine, "thief")
+    place = machine.machine.workdir / "boot"
+    place.mkdir()
+    auth = Path(machine.machine.environment["CLAWKER_DATA_DIR"]) / "auth"
+    ca = TestCa.of(place, auth / "ca" / "ca.pem", auth / "ca" / "ca.key")
+    (place / "ca.pem").write_bytes(ca.certificate.read_bytes())
+    uris = ["urn:clawker:agent:clawker.p.victim", f"urn:clawker:container:{victim}"]
+    ca.leaf("clawker-clawkerd", file="leaf", uris=uris)
+
+    async def register(container: str) -> str:
+        """From the container's network namespace and cgroup, with this interpreter's gRPC."""
+        now = int(time.time())
+        claims = {
+            "iss": "clawker-agent", "sub": "clawker-agent", "aud": "https://127.0.0.1:4444/oauth2/token",
+            "jti": str(uuid.uuid4()), "iat": now, "exp": now + 600,
+        }  # fmt: skip
+        assertion = jwt.encode(claims, (auth / "cli" / "signing.key").read_bytes(), algorithm="ES256")
+        pid = (await machine.docker.client.inspect(container))["State"]["Pid"]
+        enter = f'echo $$ > {machine.docker.cgroup / container}/cgroup.procs && exec nsenter -t {pid} -n -- "$@"'
+        argv = [sys.executable, "-c", REGISTER, str(place), assertion, "victim", "p"]
+        done = await machine.machine.host.run(["sh", "-c", enter, "enter", *argv], timeout_s=40)
+        assert done.code == 0, done.err[-2000:]
+        return done.out.strip()
+
+    stolen = await register(thief)
+    own = await register(victim)
+    await remove(machine, victim, thief)
+
+    assert stolen == "PERMISSION_DENIED registration rejected"
+    assert own == "OK"
+
+
+async def test_a_quarantined_container_has_the_control_plane_only(machine: DockerMachine, served: Served) -> None:
+    """Its connections are cut, names are refused, also after it was restarted; a release gives its rules back."""
+    container = await start(machine, "isolated")
+    await until(lambda: _reaches(machine, container))
+    done = await machine.ctl("quarantine", "p/isolated", "--reason", "test")
+    assert done.code == 0, done.err
+    isolated = (await machine.inside(container, *CURL)).out
+    await docker(machine, "restart", "-t", "0", container)
+    await machine.wait_enrolled(container)
+    restarted = (await machine.inside(container, *CURL)).out
+    refused = await machine.ctl("bypass", "p/isolated", "--for", "5s")
+    done = await machine.ctl("release", "p/isolated")
+    assert done.code == 0, done.err
+    await until(lambda: _reaches(machine, container))
+    await remove(machine, container)
+
+    assert {isolated, restarted} <= {"", "000"}
+    assert refused.code != 0 and "release it first" in refused.err
+
+
+async def test_a_cgroup_parent_of_the_owners_choice_opens_nothing(machine: DockerMachine, served: Served) -> None:
+    """Below the agents' parent, deeper below it, or inside another agent's cgroup: enforced, or denied and shown."""
+    parent = machine.machine.host.agents.name
+    below = await start(machine, "below", host_config={"NetworkMode": NETWORK, "CgroupParent": f"/{parent}"})
+    parents = {"deeper": f"/{parent}/deeper", "inside": f"/{machine.docker.cgroup_parent}/{below}"}
+    odd = [
+        await machine.docker.agent(name, usr=True, host_config={"NetworkMode": NETWORK, "CgroupParent": place})
+        for name, place in parents.items()
+    ]
+    stranger = await machine.docker.run(
+        "stranger", "sleep", "1000", usr=True, host_config={"NetworkMode": NETWORK, "CgroupParent": f"/{parent}"}
+    )
+    await until(lambda: _reaches(machine, below))
+    tried = [(await machine.python(one, KNOCK)).out[:7] for one in (below, *odd, stranger)]
+
+    async def shown() -> bool:
+        return {one["container_id"] for one in await machine.agents()} >= {below, *odd}
+
+    await until(shown)
+    await machine.docker.client.remove(stranger, force=True)
+    await remove(machine, *odd, below)
+
+    assert tried == ["refused"] * 4
 
 
 async def test_a_bypass_passes_the_engines_rules_and_ends_without_us(machine: DockerMachine, served: Served) -> None:
