@@ -21,7 +21,7 @@ from clawker_cp.testing.certificates import TestCa
 from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
 from clawker_cp.testing.docker_world import missing
 from clawker_cp.testing.served import Served, serving
-from clawker_cp.testing.world_names import EVIL
+from clawker_cp.testing.world_names import API, EVIL
 
 pytestmark = [
     pytest.mark.root, pytest.mark.slow, pytest.mark.docker, pytest.mark.envoy, pytest.mark.timeout(300),
@@ -38,6 +38,25 @@ try:
         print("reached", peer.recv(13))
 except OSError as error:
     print("refused", error.errno)
+"""
+SERVE = """
+import socket, threading
+def serve(port):
+    listener = socket.create_server(("0.0.0.0", port))
+    while True:
+        peer, _ = listener.accept()
+        peer.sendall(b"data")
+        peer.close()
+threading.Thread(target=serve, args=(8002,), daemon=True).start()
+serve(8001)
+"""
+PULL = """
+import socket, sys
+try:
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 2) as peer:
+        print(peer.recv(9).decode() or "refused")
+except OSError:
+    print("refused")
 """
 RESTLESS = f"""
 import socket, time
@@ -406,3 +425,69 @@ async def test_a_bypass_passes_the_engines_rules_and_ends_without_us(machine: Do
     assert before.out.startswith("refused") and after.out.startswith("refused")
     assert during.out.startswith("reached") and still.out.startswith("reached")
     assert refused.code != 0 and "bypassed" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "outside", "inside"), [("published", "data", "data"), ("none", "refused", "refused")]
+)
+async def test_who_may_come_in_follows_the_setting(
+    machine: DockerMachine, setting: str, outside: str, inside: str
+) -> None:
+    """`firewall.inbound`: published lets the world in at published ports and nowhere else, none not even the host."""
+    machine.machine.environment["CLAWKER_CP_FIREWALL__INBOUND"] = setting
+    async with serving(machine.machine):
+        container = await start(
+            machine, f"in-{setting}", "/usr/bin/python3", "-c", SERVE,
+            host_config={"NetworkMode": NETWORK, "PortBindings": {"8001/tcp": [{"HostIp": "", "HostPort": "18001"}]}},
+            ExposedPorts={"8001/tcp": {}},
+        )  # fmt: skip
+        address = (await session(machine, container))["address"]
+
+        async def pull(where: int, target: str, port: int) -> str:
+            argv = ("nsenter", "-t", str(where), "-n", "/usr/bin/python3", "-c", PULL, target, str(port))
+            process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+            out, _ = await process.communicate()
+            return out.decode().strip()
+
+        async def listens() -> bool:
+            code = PULL.replace("sys.argv[1]", "'127.0.0.1'").replace("sys.argv[2]", "'8001'")
+            return (await machine.python(container, code)).out.strip() == "data"
+
+        await until(listens)
+        world, host = machine.machine.world.pid, machine.machine.host.pid
+        answers = [await pull(world, "192.0.2.1", 18001), await pull(host, address, 8001)]
+        other = await pull(host, address, 8002)
+        await remove(machine, container)
+
+    assert answers == [outside, inside]
+    assert other == "refused"
+
+
+async def test_a_frozen_engine_opens_nothing_and_closes_what_is_told(machine: DockerMachine) -> None:
+    """While the engine's threads stand still agents stay judged and a quarantine holds; afterwards all is followed."""
+    machine.machine.environment["CLAWKER_CP_FIREWALL__INBOUND"] = "host"
+    async with serving(machine.machine):
+        allowed = await machine.ctl("allow", "http://api.example.com")
+        assert allowed.code == 0, allowed.err
+        container = await start(machine, "frozen")
+        await until(lambda: _reaches(machine, container))
+        pid = (await machine.docker.client.inspect(container))["State"]["Pid"]
+        enter = f'echo $$ > {machine.docker.cgroup / container}/cgroup.procs && exec nsenter -t {pid} -n -- "$@"'
+        connect = f"import socket; socket.create_connection(({API!r}, 80), 2)"
+        await machine.machine.world.reset()
+        machine.docker.freeze_daemon(on=True)
+        try:
+            knocked = await machine.machine.host.run(["sh", "-c", enter, "enter", "/usr/bin/python3", "-c", KNOCK])
+            before = await machine.machine.host.run(["sh", "-c", enter, "enter", "/usr/bin/python3", "-c", connect])
+            done = await machine.ctl("quarantine", "p/frozen", "--reason", "test", timeout_s=60)
+            after = await machine.machine.host.run(["sh", "-c", enter, "enter", "/usr/bin/python3", "-c", connect])
+        finally:
+            machine.docker.freeze_daemon(on=False)
+        late = await start(machine, "late")
+        isolated = (await machine.inside(container, *CURL)).out
+        packets = await machine.machine.world.packets(dst=EVIL)
+        await remove(machine, container, late)
+
+    assert knocked.out.startswith("refused") and packets == []
+    assert done.code == 0, done.err
+    assert (before.code, after.code) == (0, 1) and isolated in {"", "000"}
