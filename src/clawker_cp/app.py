@@ -305,10 +305,9 @@ class ControlPlane:
 
     def _servicers(self) -> tuple[object, object, object]:
         """AdminService, ControlService and AgentService over the domain handlers."""
-        registry = Registry(self._database)
         view = AgentView(
             self._roster,
-            registry,
+            registry := Registry(self._database),
             self._agents,
             engine=self._side.name,
             enrolled=self._enforcement.enrolled,

@@ -295,6 +295,14 @@ class ContainerLives(Generic[C]):
         await self._enforcement.open(container)
         self._failed.pop(container.id, None)
         log.info("enrolled", id=container.id, agent=key, address=container.address)
+        if self._roster.by_address(container.address) is None:
+            log.warning(
+                "agents_share_address",
+                id=container.id,
+                agent=key,
+                address=container.address,
+                effect="none of them resolves a name or registers until one is left",
+            )
 
     async def _isolate(self, container_id: str) -> None:
         """What an owner gives away while the agent runs counts as what it had from the start."""
