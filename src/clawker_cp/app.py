@@ -288,6 +288,7 @@ class ControlPlane:
             engine_answers=self._engine.answers,
             behind_gate=problem_of(self._coredns),
             enrolled=self._manager.agents,
+            failures=self._side.failures,
             max_agents=settings.firewall.max_agents,
         )
         self._certificate_keeper = CertificateKeeper(
@@ -304,14 +305,14 @@ class ControlPlane:
 
     def _servicers(self) -> tuple[object, object, object]:
         """AdminService, ControlService and AgentService over the domain handlers."""
-        registry = Registry(self._database)
         view = AgentView(
             self._roster,
-            registry,
+            registry := Registry(self._database),
             self._agents,
             engine=self._side.name,
             enrolled=self._enforcement.enrolled,
             exposures=self._side.exposures,
+            denied=self._side.denied,
         )
         revocation = TokenRevocation(self._surface.tokens.revocation, self._surface.make_auths())
         control = ControlServicer(

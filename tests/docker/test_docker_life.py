@@ -100,7 +100,7 @@ async def test_a_daemon_that_is_not_there_ends_the_start(machine: DockerMachine)
 
 
 async def test_an_exposed_container_has_no_network_until_it_is_released(machine: DockerMachine) -> None:
-    """With on_exposure: quarantine a way out takes the network away; a release accepts that one, not another (R16)."""
+    """With on_exposure: quarantine a way out takes the network away, also a late one; a release accepts it (R16)."""
     machine.machine.environment["CLAWKER_CP_FIREWALL__ON_EXPOSURE"] = "quarantine"
     curl = ("/usr/bin/curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}", "http://api.example.com/x")
 
@@ -110,11 +110,15 @@ async def test_an_exposed_container_has_no_network_until_it_is_released(machine:
         await machine.wait_enrolled(container)
         return container
 
+    async def session(container: str) -> dict[str, object]:
+        (one,) = [one for one in await machine.agents() if one["container_id"] == container]
+        return one
+
     async with serving(machine.machine):
         allowed = await machine.ctl("allow", "http://api.example.com")
         assert allowed.code == 0, allowed.err
         plain, exposed = await start("plain"), await start("exposed", "SYS_ADMIN")
-        (listed,) = [one for one in await machine.agents() if one["container_id"] == exposed]
+        listed = await session(exposed)
         before = [(await machine.inside(one, *curl)).out for one in (plain, exposed)]
         released = await machine.ctl("release", "p/exposed")
         after = (await machine.inside(exposed, *curl)).out
@@ -122,7 +126,14 @@ async def test_an_exposed_container_has_no_network_until_it_is_released(machine:
         await machine.docker.client.start(exposed)
         await machine.wait_enrolled(exposed)
         again = (await machine.inside(exposed, *curl)).out
+        await machine.docker.client.create_network("aside", ipam=[{"Subnet": "203.0.113.192/28"}], labels={})
+        await machine.docker.client.connect("aside", plain)
+        async with asyncio.timeout(15):
+            while not (await session(plain)).get("quarantined"):
+                await asyncio.sleep(0.05)
+        late = (await machine.inside(plain, *curl)).out
 
+    assert late in {"", "000"}
     assert listed["quarantined"] and "capability:SYS_ADMIN" in listed["quarantine_reason"]
     assert before[0] == "200" and before[1] in {"", "000"}
     assert released.code == 0, released.err

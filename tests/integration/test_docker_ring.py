@@ -159,11 +159,13 @@ async def test_forged_frames_of_an_agent_end_at_its_port(contained: Yard) -> Non
 
 
 async def test_agents_reach_ours_by_exact_tuples_only(contained: Yard) -> None:
-    """Gate, agent-side ports and proxy bands answer at their address; other ports, siblings and the gateway do not."""
+    """Gate, agent-side ports and the agent's listeners answer at their address; other ports and addresses do not."""
     ours, box, sibling = await contained.ours(202), await contained.agent(5), await contained.agent(6)
     monitor = await contained.ours(210)
     allowed = [53, 4444, 7080, 7444, 10000, 12000, 22999]
-    closed = [80, 7443, 9902, 18374, 18901, 18902, 11999]
+    closed = [80, 7443, 9902, 18374, 18901, 18902, 11999, 10001, 12001, 22998]  # the last three are another policy's
+    await contained.ring.admit(box.address, [], [(6, port) for port in (10000, 12000, 22999)])
+    await contained.ring.admit(sibling.address, [], [(6, 10001), (6, 12001), (6, 22998)])
     with contextlib.ExitStack() as stack:
         for port in [*allowed, *closed]:
             stack.enter_context(tcp_server("0.0.0.0", port, ours.netns))
@@ -418,9 +420,12 @@ async def test_gateway_tuples_when_the_control_plane_is_on_the_host(hosted: Yard
     with (
         tcp_server("0.0.0.0", 10000, where), tcp_server("0.0.0.0", 53, where), tcp_server("0.0.0.0", 8080, where),
         tcp_server("0.0.0.0", 9902, where), tcp_server("0.0.0.0", 18901, where), tcp_server("0.0.0.0", 7700, box.netns),
+        tcp_server("0.0.0.0", 15000, where),
     ):  # fmt: skip
+        assert box.connect(GATEWAY, 10000) == "TimeoutError"  # not this agent's listener yet
+        await hosted.ring.admit(box.address, [], [(6, 10000)])
         assert [box.connect(GATEWAY, port) for port in (10000, 53)] == [box.address] * 2
-        assert [box.connect(GATEWAY, port) for port in (8080, 9902, 18901)] == ["TimeoutError"] * 3
+        assert [box.connect(GATEWAY, port) for port in (8080, 9902, 18901, 15000)] == ["TimeoutError"] * 4
         assert box.connect(HOST, 10000) == "TimeoutError"
         assert stranger.connect(GATEWAY, 10000) in {"TimeoutError", "OSError"}
         assert hosted.from_host(box.address, 7700) == GATEWAY
@@ -476,10 +481,13 @@ async def test_pin_moves_with_the_address_and_an_old_end_takes_nothing(contained
     await contained.ring.admit_all(old.address, None)
     new = await contained.known(6)
     contained.readdress(new, old.address)
+    await contained.ring.admit(old.address, [], [(6, 10000)])
     await contained.ring.pin(new.interface, old.address, mac=new.mac)
     await contained.ring.unpin(old.interface, old.address)
 
     with tcp_server("0.0.0.0", 10000, ours.netns), tcp_server(WORLD, 80, contained.world):
+        assert new.connect(CP, 10000) == "TimeoutError"
+        await contained.ring.admit(old.address, [], [(6, 10000)])  # what is the newcomer's own, also when it is equal
         assert new.connect(CP, 10000) == old.address
         assert new.connect(WORLD, 80) == "TimeoutError"
         assert old.connect(CP, 10000) in {"TimeoutError", "OSError"}
@@ -496,8 +504,8 @@ async def test_ring_of_another_shape_is_replaced_without_a_gap(contained: Yard) 
     contained.sh("nft", "add", "table", "inet", f"clawker_{BRIDGE}")
     contained.sh("nft", "add", "set", "inet", f"clawker_{BRIDGE}", "everywhere", "{ type ether_addr; }")
     await contained.ring.install([box.pin], [ours.pin])
-    with tcp_server("0.0.0.0", 10000, ours.netns):
-        assert box.connect(CP, 10000) == box.address
+    with tcp_server("0.0.0.0", 4444, ours.netns):
+        assert box.connect(CP, 4444) == box.address
 
 
 async def test_other_bridges_of_the_host_are_left_alone(contained: Yard) -> None:

@@ -168,6 +168,8 @@ async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting(t
                 pins = [_pin(port, "10.231.96.5"), _pin(second, "10.231.96.6")]
                 for pin in pins:
                     await ring.pin(pin.interface, pin.address, mac=pin.mac)
+                own = [(6, 10000)]
+                await ring.admit("10.231.96.5", [], own)
 
                 for restarted in (False, True):
                     if restarted:
@@ -177,10 +179,10 @@ async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting(t
                     # Who asked before its port was open asks for the neighbour again within a second.
                     until(lambda: from_agent(GATEWAY, 10000) == "10.231.96.5", "the way to the gateway")
                     assert {from_agent(WORLD, 443), from_agent("10.231.96.6", 80)} <= REFUSED
-                    await ring.admit("10.231.96.5", [Direct(f"{WORLD}/32", 6, 443, 443)])
+                    await ring.admit("10.231.96.5", [Direct(f"{WORLD}/32", 6, 443, 443)], own)
                     assert from_agent(WORLD, 443) == HOST
                     assert from_agent(FAR, 443) in REFUSED
-                    await ring.admit("10.231.96.5", [])
+                    await ring.admit("10.231.96.5", [], own)
                     await ring.admit_all("10.231.96.5", 60)
                     assert from_agent(FAR, 443) == HOST
                     assert from_agent("10.231.96.6", 80) in REFUSED

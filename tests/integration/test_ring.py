@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -59,11 +60,17 @@ async def connect(host: Host, *targets: str, sandbox: Sandbox | None = None) -> 
 
 
 async def test_only_the_gateways_tuples_are_reached(host: Host) -> None:
-    """Proxy, gate and agent-side ports answer on the gateway; its other ports and the host's other addresses do not."""
-    with tcp_server(GATEWAY, 10000), tcp_server(GATEWAY, 8080), tcp_server(HOST, 10000), tcp_server(GATEWAY, 9902):
-        answers = await connect(host, f"{GATEWAY}:10000", f"{GATEWAY}:8080", f"{GATEWAY}:9902", f"{HOST}:10000")
+    """The agent's own listeners answer on the gateway; other ports, other listeners and other addresses do not."""
+    closed = [f"{GATEWAY}:{port}" for port in (8080, 9902, 10001, 15000)] + [f"{HOST}:10000"]
+    with contextlib.ExitStack() as stack:
+        for target in (f"{GATEWAY}:10000", *closed):
+            address, _, port = target.rpartition(":")
+            stack.enter_context(tcp_server(address, int(port)))
+        sandbox = await host.engine.create(host.spec("python3", "-c", CONNECT, f"{GATEWAY}:10000", *closed))
+        await host.engine.ring.admit(sandbox.address, [], [(6, 10000)])
+        answers = await connect(host, sandbox=sandbox)
     assert answers[0].startswith("10.231.")
-    assert answers[1:] == ["TimeoutError"] * 3
+    assert answers[1:] == ["TimeoutError"] * 5
     refused = await eventually(lambda: [event for event in host.events if event.destination_port == 8080], "the record")
     assert refused[0].reason == "no_route"
     assert refused[0].destination == GATEWAY
@@ -271,10 +278,10 @@ async def test_host_that_did_not_forward_forwards_for_agents_only(tmp_path: Path
 
 async def test_ring_of_another_version_is_replaced_without_a_gap(host: Host) -> None:
     """Sets that cannot be reshaped are made anew in one transaction, and living sandboxes keep their pins."""
-    sandbox = await host.engine.create(host.spec("python3", "-c", CONNECT, f"{GATEWAY}:10000"))
+    sandbox = await host.engine.create(host.spec("python3", "-c", CONNECT, f"{GATEWAY}:4444"))
     sh("nft", "delete", "table", "inet", "clawker_cwtest0")
     sh("nft", "add", "table", "inet", "clawker_cwtest0")
     sh("nft", "add", "set", "inet", "clawker_cwtest0", "everywhere", "{ type ether_addr; }")
     await host.engine.ring.install([(sandbox.interface, sandbox.address)], forwarded_before=True)
-    with tcp_server(GATEWAY, 10000):
+    with tcp_server(GATEWAY, 4444):
         assert await connect(host, sandbox=sandbox) == [sandbox.address]

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -92,6 +93,10 @@ class ContainerEnforcement(Protocol[C_contra]):
         """Whether row and programs are there for exactly this cgroup, asked now."""
         ...
 
+    async def isolate(self, agent: EnrolledAgent) -> object:
+        """Leave an agent that runs the control plane only, now."""
+        ...
+
     async def wait_dead(self, cgroup_id: int) -> None:
         """Wait until no process can be in the cgroup any more."""
         ...
@@ -143,6 +148,8 @@ class ContainerLives(Generic[C]):
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         self._containers: dict[str, C] = {}
         self._failed: dict[str, str] = {}
+        self._exposed: dict[str, Sequence[str]] = {}  # as last told
+        self._denied: dict[str, C] = {}
 
     def __len__(self) -> int:
         return len(self._containers)
@@ -164,6 +171,12 @@ class ContainerLives(Generic[C]):
         """
         return dict(self._failed)
 
+    def denied(self) -> list[C]:
+        """
+        Running agents that are denied because they could not be enrolled; `failures` says why.
+        """
+        return [container for container in self._denied.values() if container.id in self._failed]
+
     async def refresh(self, container_id: str) -> C | None:
         """
         Bring one container to what the engine says of it; returns it if it runs and is an agent.
@@ -180,7 +193,9 @@ class ContainerLives(Generic[C]):
                 await self._end(container.id)
                 return None
             if self._up():
+                self._denied[container.id] = container
                 await self._follow(container)
+                del self._denied[container.id]
             return container
 
     async def ensure(self, reference: str) -> C:
@@ -217,6 +232,14 @@ class ContainerLives(Generic[C]):
             for container_id in listed | set(self._containers):
                 group.create_task(self.attempt(container_id), name=f"reconcile-{container_id[:12]}")
 
+    async def retry(self) -> None:
+        """
+        Try those again that could not be enrolled: a slot or an engine that was missing may be there by now.
+        """
+        async with asyncio.TaskGroup() as group:
+            for container_id in list(self._failed):
+                group.create_task(self.attempt(container_id), name=f"retry-{container_id[:12]}")
+
     async def attempt(self, container_id: str) -> None:
         """
         `refresh`, with failures logged instead of raised.
@@ -241,14 +264,16 @@ class ContainerLives(Generic[C]):
             # It was started again: what its former cgroup had goes, the new one has nothing yet.
             await self._withdraw(known)
             known = None
+        quarantined = await asyncio.to_thread(self._judge_exposures, container)
         if known is not None and known.address == container.address and await self._enforcement.holds(known, container):
             self._containers[container.id] = container
             self._failed.pop(container.id, None)
+            if quarantined:
+                await self._policy.perform(partial(self._isolate, container.id))
             return
         self._check(container)
         key = _key(container)
         await self._policy.put_ephemeral(key, NO_RULES)
-        quarantined = await asyncio.to_thread(self._judge_exposures, container)
 
         async def enrol() -> None:
             agent = EnrolledAgent(
@@ -270,6 +295,23 @@ class ContainerLives(Generic[C]):
         await self._enforcement.open(container)
         self._failed.pop(container.id, None)
         log.info("enrolled", id=container.id, agent=key, address=container.address)
+        if self._roster.by_address(container.address) is None:
+            log.warning(
+                "agents_share_address",
+                id=container.id,
+                agent=key,
+                address=container.address,
+                effect="none of them resolves a name or registers until one is left",
+            )
+
+    async def _isolate(self, container_id: str) -> None:
+        """What an owner gives away while the agent runs counts as what it had from the start."""
+        agent = self._roster.by_id(container_id)
+        if agent is None or agent.quarantined:
+            return
+        if await asyncio.to_thread(self._quarantines.get, container_id) is not None:
+            await self._enforcement.isolate(agent)
+            log.warning("quarantined", id=container_id[:12], agent=agent.key, cause=EXPOSURE)
 
     def _check(self, container: C) -> None:
         names = [name for name in (container.project, container.agent) if name]
@@ -284,15 +326,18 @@ class ContainerLives(Generic[C]):
 
     def _judge_exposures(self, container: C) -> bool:
         """Tell of ways out the owner gave; returns whether the agent is quarantined, for this or another cause."""
+        told = self._exposed.get(container.id, ())
+        self._exposed[container.id] = container.exposures
         if container.exposures and not self._quarantines.accepts(container.id, container.exposures):
             shown = ", ".join(container.exposures)
-            log.warning(
-                "agent_exposed",
-                id=container.id,
-                agent=_key(container),
-                exposures=shown,
-                name=full_name(container.project, container.agent),
-            )
+            if tuple(told) != tuple(container.exposures):
+                log.warning(
+                    "agent_exposed",
+                    id=container.id,
+                    agent=_key(container),
+                    exposures=shown,
+                    name=full_name(container.project, container.agent),
+                )
             if self._quarantine_exposed and self._quarantines.get(container.id) is None:
                 self._quarantines.put(container.id, EXPOSURE, f"exposed: {shown}"[:200], int(self._wall()))
         return self._quarantines.get(container.id) is not None
@@ -300,6 +345,8 @@ class ContainerLives(Generic[C]):
     async def _end(self, container_id: str) -> None:
         agent = self._roster.by_id(container_id)
         self._failed.pop(container_id, None)
+        self._exposed.pop(container_id, None)
+        self._denied.pop(container_id, None)
         if agent is not None:
             await self._settle(container_id)
             await self._withdraw(agent)

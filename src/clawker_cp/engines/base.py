@@ -229,6 +229,7 @@ class AgentContainer:
     namespace, 0 when it does not run. `cgroup_path` is below the cgroup2 mount and `cgroup_id` its inode,
     0 when it is not known. `interface` is the host's side of its veth, "" when it is not known.
     `publish` are ports the owner published; `exposures` ways out that the owner gave it (R34).
+    `shares` is the container whose network namespace it was given, "" with one of its own.
     """
 
     id: str
@@ -245,6 +246,7 @@ class AgentContainer:
     exposures: tuple[str, ...] = ()
     started_at_unix: int = 0
     command: tuple[str, ...] = ()
+    shares: str = ""
 
     @property
     def project(self) -> str:

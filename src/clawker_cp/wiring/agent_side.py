@@ -5,7 +5,7 @@ What the server needs of whoever runs agents, whichever engine that is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from clawker_cp.agents.identity import Resolver
@@ -46,6 +46,14 @@ class AgentSide(Protocol):
 
     def exposures(self, agent_id: str) -> Sequence[str]:
         """Ways out that an agent was given by its owner (R34)."""
+        ...
+
+    def denied(self) -> Sequence[Living]:
+        """Running agents that could not be enrolled."""
+        ...
+
+    def failures(self) -> Mapping[str, str]:
+        """Why, by id."""
         ...
 
     async def prepare(self) -> None:

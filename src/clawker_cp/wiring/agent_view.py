@@ -15,6 +15,7 @@ from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.errors import InvalidInput
 from clawker_cp.rpc.control_agents import Session
 from clawker_cp.wiring.agent_control import AgentControl
+from clawker_cp.wiring.enforcement import Living
 
 _DIGEST_LENGTH = 64
 
@@ -34,6 +35,7 @@ class AgentView:
         engine: str,
         enrolled: Callable[[EnrolledAgent], bool],
         exposures: Callable[[str], Sequence[str]] = lambda _agent_id: (),
+        denied: Callable[[], Sequence[Living]] = lambda: (),
     ) -> None:
         self._roster = roster
         self._registry = registry
@@ -41,6 +43,7 @@ class AgentView:
         self._engine = engine
         self._enrolled = enrolled
         self._exposures = exposures
+        self._denied = denied
 
     def find(self, container_id: str, project: str, agent: str) -> EnrolledAgent:
         """
@@ -50,7 +53,8 @@ class AgentView:
 
     async def sessions(self, *, everything: bool) -> Sequence[Session]:
         """
-        Every running agent; with `everything` also registered ones that do not run.
+        Every running agent, one that could not be enrolled included; with `everything` also registered ones that
+        do not run.
         """
         running = {agent.id: agent for agent in self._roster}
         registered, reasons = await asyncio.to_thread(self._stored, list(running))
@@ -67,6 +71,18 @@ class AgentView:
                 exposures=self._exposures(agent.id),
             )
             for agent in running.values()
+        ]
+        found += [
+            Session(
+                agent=EnrolledAgent(one.id, one.project, one.agent, "", 0, 0),
+                engine=self._engine,
+                running=True,
+                enrolled=False,
+                registered=one.id in registered,
+                exposures=self._exposures(one.id),
+            )
+            for one in self._denied()
+            if one.id not in running
         ]
         if everything:
             found += [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +52,16 @@ class Pins(Protocol):
     async def unpin(self, interface: str, address: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Pinned:
+    """A container's first process, its port, its address, and whether the ring takes it for an agent."""
+
+    pid: int
+    port: Port
+    address: str
+    is_agent: bool
+
+
 class ContainerEnforcement:
     """
     Programs, rows and frames of containers. `ring` None: there is none. `find_port` finds the port of a
@@ -71,13 +82,20 @@ class ContainerEnforcement:
         self._find_port = find_port
         self._clock = clock
         self._paths: dict[int, Path] = {}
-        self._pinned: dict[str, tuple[int, Port, str]] = {}  # by container: its process, port, address
+        self._pinned: dict[str, _Pinned] = {}  # by container; those that share a network namespace share a port
+        self._doubted: set[str] = set()
+
+    def doubt(self, container_id: str) -> None:
+        """
+        Look a container's port up again before the next time it is said to hold: it may be another one by now.
+        """
+        self._doubted.add(container_id)
 
     def owner(self, index: int) -> str:
         """
         The container that an interface of the host leads to, "" for none.
         """
-        return next((one for one, (_, port, _address) in self._pinned.items() if port.index == index), "")
+        return next((one for one, pinned in self._pinned.items() if pinned.port.index == index), "")
 
     async def took_over(self, containers: Sequence[AgentContainer]) -> list[tuple[AgentContainer, Port]]:
         """
@@ -90,7 +108,7 @@ class ContainerEnforcement:
             except ClawkerError as error:
                 log.info("container_port_missing", id=container.id[:12], cause=error.message)
                 continue
-            self._pinned[container.id] = (container.pid, port, container.address)
+            self._pinned[container.id] = _Pinned(container.pid, port, container.address, container.is_agent)
             found.append((container, port))
         return found
 
@@ -115,9 +133,10 @@ class ContainerEnforcement:
 
     async def open(self, container: AgentContainer) -> None:
         """
-        Let the container's frames pass.
+        Let the container's frames pass, as far as its policy goes.
         """
         await self._pin(container)
+        await self._enforcement.readmit(container.address)
 
     async def admit_neighbour(self, container: AgentContainer) -> None:
         """
@@ -137,8 +156,15 @@ class ContainerEnforcement:
         Whether the row is there and the frames of exactly this port pass.
         """
         known = self._pinned.get(container.id)
-        pinned = known is not None and (known[0], known[2]) == (container.pid, container.address)
+        pinned = known is not None and (known.pid, known.address) == (container.pid, container.address)
+        pinned = pinned and container.id not in self._doubted
         return (pinned or self._ring is None) and self._enforcement.enrolled(agent)
+
+    async def isolate(self, agent: EnrolledAgent) -> None:
+        """
+        See `Enforcement.isolate`.
+        """
+        await self._enforcement.isolate(agent)
 
     async def wait_dead(self, cgroup_id: int) -> None:
         """
@@ -183,20 +209,35 @@ class ContainerEnforcement:
             return
         port = await self._find_port(container.pid)
         before = self._pinned.get(container.id)
-        if before is not None and (before[1].interface, before[2]) != (port.interface, container.address):
+        if before is not None and (before.port.interface, before.address) != (port.interface, container.address):
             await self._unpin(container.id)
-        await self._ring.pin(port.interface, container.address, mac=port.mac, infrastructure=infrastructure)
-        self._pinned[container.id] = (container.pid, port, container.address)
+        sharing = self._sharing(container.id, port)
+        # Behind one port every process makes the same frames: with an agent behind it, it is the agent's.
+        if not infrastructure or not any(one.is_agent for one in sharing):
+            await self._ring.pin(port.interface, container.address, mac=port.mac, infrastructure=infrastructure)
+        self._pinned[container.id] = _Pinned(container.pid, port, container.address, not infrastructure)
+        self._doubted.discard(container.id)
 
     async def _unpin(self, container_id: str) -> None:
+        self._doubted.discard(container_id)
         pinned = self._pinned.pop(container_id, None)
         if pinned is None or self._ring is None:
             return
+        port, sharing = pinned.port, self._sharing(container_id, pinned.port)
         try:
-            await self._ring.unpin(pinned[1].interface, pinned[2])
+            if not sharing:
+                await self._ring.unpin(port.interface, pinned.address)
+            elif pinned.is_agent and not any(one.is_agent for one in sharing):
+                await self._ring.pin(port.interface, sharing[0].address, mac=port.mac, infrastructure=True)
         except ClawkerError as error:
             # Its veth is gone with it; the pin names an interface that nobody has.
-            log.warning("ring_pin_kept", interface=pinned[1].interface, cause=error.message)
+            log.warning("ring_pin_kept", interface=port.interface, cause=error.message)
+
+    def _sharing(self, container_id: str, port: Port) -> list[_Pinned]:
+        """The other containers behind a port."""
+        return [
+            one for other, one in self._pinned.items() if other != container_id and one.port.interface == port.interface
+        ]
 
 
 def _populated(path: Path, cgroup_id: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,10 @@ from clawker_cp.wiring.world_feed import WorldFeed
 log = structlog.get_logger()
 
 SWEEP_S = 30.0
+RETRY_S = 3.0
 LIST_TRIES, LIST_PAUSE_S = 3, 0.1
 _CONTAINER_ID = re.compile(r"(?:docker-)?([0-9a-f]{64})(?:\.scope)?")
-# What a network event says of us, or not.
+# A network event of these is one of a container: of the agents' network, or a way out by another.
 _OF_NETWORK = frozenset(("connect", "disconnect"))
 
 
@@ -97,7 +98,13 @@ class DockerAgents:
         return await self._lives.ensure(reference)
 
     def exposures(self, agent_id: str) -> Sequence[str]:
-        return next((one.exposures for one in self.living() if one.id == agent_id), ())
+        return next((one.exposures for one in (*self.living(), *self.denied()) if one.id == agent_id), ())
+
+    def denied(self) -> Sequence[AgentContainer]:
+        return self._lives.denied()
+
+    def failures(self) -> Mapping[str, str]:
+        return self._lives.failures()
 
     async def prepare(self) -> None:
         """
@@ -130,6 +137,7 @@ class DockerAgents:
             ("cgroup_watch", self._watch_cgroups, "containers are linked when their start is told, not before"),
             ("bridge_ports", self._watch_ports, "ports without an agent may reach each other"),
             ("programs_swept", self._sweep, "links of dead cgroups stay"),
+            ("enrolment_retried", self._retry, "an agent that could not be enrolled stays denied"),
         ]
 
     async def take_over(self, group: asyncio.TaskGroup, agents: AgentControl) -> list[asyncio.Task[None]]:
@@ -165,8 +173,11 @@ class DockerAgents:
 
     async def _handle(self, event: DockerEvent) -> None:
         container_id, action = event.container_id, event.action
-        if event.kind == "network" and (action not in _OF_NETWORK or event.id != self.network.id):
-            return
+        if event.kind == "network":
+            if action not in _OF_NETWORK:
+                return
+            if event.id == self.network.id:
+                self._enforcement.doubt(container_id)
         if event.kind == "container" and action == "destroy":
             await self._gone(container_id)
             return
@@ -194,6 +205,15 @@ class DockerAgents:
             return
         if container.is_agent:
             return
+        if container.shares:
+            # It is behind another's port, and what that one is exposed to has changed.
+            try:
+                shared = await self._engine.inspect(container.shares)
+            except ClawkerError as error:
+                log.info("shared_network_unknown", id=container_id[:12], cause=error.message)
+            else:
+                await self._lives.attempt(shared.id)
+            return
         try:
             if container.running and container.address:
                 await self._enforcement.admit_neighbour(container)
@@ -204,7 +224,12 @@ class DockerAgents:
 
     async def _reconcile(self) -> None:
         try:
+            for container in self.living():
+                self._enforcement.doubt(container.id)
             await self._lives.reconcile()
+            for container_id in await self._host.on_network():
+                if self._roster.by_id(container_id) is None:
+                    await self._see_neighbour(container_id)
         except ClawkerError as error:
             log.warning("reconcile_failed", cause=error.message)
 
@@ -244,6 +269,12 @@ class DockerAgents:
             await asyncio.sleep(SWEEP_S)
             if self._lives.enrols:
                 await self._enforcement.sweep({agent.cgroup_id for agent in self._roster})
+
+    async def _retry(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_S)
+            if self._lives.enrols:
+                await self._lives.retry()
 
     # -- start and end ------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Joins `ebpf.Manager`, an engine, the ring around its bridge and the compiled pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -16,7 +16,7 @@ from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.ebpf import AgentConfig, Manager
 from clawker_cp.ebpf.config import InboundFrom
 from clawker_cp.engines.base import AgentNetwork, Publish
-from clawker_cp.engines.host.ring import Direct
+from clawker_cp.engines.host.direct import Admitted, Direct
 from clawker_cp.engines.host.sockets import SocketInfo
 from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.allocations import EGRESS_GLOBAL, NEVER
@@ -51,7 +51,7 @@ class Living(Protocol):
 class Ring(Protocol):
     """The ring around the agents' bridge."""
 
-    async def admit(self, address: str, direct: Sequence[Direct]) -> None: ...
+    async def admit_each(self, wanted: Mapping[str, Admitted]) -> None: ...
     async def admit_all(self, address: str, seconds: float | None) -> None: ...
     async def end_all(self, address: str) -> None: ...
 
@@ -121,7 +121,7 @@ class Enforcement:
             bypass_until_ns=agent.bypass_until_ns,
         )
         self._manager.set_inbound(agent.cgroup_id, self._open_ports(living))
-        await self._admit(agent, self._plan())
+        await self._admit(agent)
         self._manager.enroll(agent.cgroup_id, config)
 
     def _open_ports(self, living: Living) -> dict[int, InboundFrom]:
@@ -196,7 +196,7 @@ class Enforcement:
         self._manager.bypass(agent.cgroup_id, 0)
         if self._ring is not None:
             await self._ring.end_all(agent.address)
-            await self._ring.admit(agent.address, [])
+            await self._admit_all(self._plan(), at=agent.address)
         network = self._engine.network
         kept = {(network.dns, 53), *((network.cp, port) for port in CONTROL_PORTS)}
 
@@ -212,7 +212,7 @@ class Enforcement:
         Give a quarantined agent its policy back.
         """
         free = self._roster.update(agent.id, quarantined=False) or agent
-        await self._admit(free, self._plan())
+        await self._admit(free)
         self._manager.quarantine(agent.cgroup_id, on=False)
 
     def enrolled(self, agent: EnrolledAgent) -> bool:
@@ -239,13 +239,14 @@ class Enforcement:
             for agent in self._roster.with_key(key):
                 self._manager.set_policy(agent.cgroup_id, number)
                 self._roster.update(agent.id, policy=number)
+        await self._admit_all(self._plan())
 
     async def admit(self, plan: Plan, /) -> None:
         """
         Bring the ring to what a plan passes directly.
         """
-        for agent in self._roster:
-            await self._admit(agent, plan)
+        # Until their rows are moved agents are sent to listeners of the policy they leave.
+        await self._admit_all(plan, moving=True)
 
     async def cut(self, change: Change, /) -> int:
         """
@@ -298,13 +299,41 @@ class Enforcement:
 
         return doomed
 
-    async def _admit(self, agent: EnrolledAgent, plan: Plan) -> None:
+    async def readmit(self, address: str) -> None:
+        """
+        Bring the ring to what agents at an address may begin, after its port was pinned.
+        """
+        await self._admit_all(self._plan(), at=address)
+
+    async def _admit(self, agent: EnrolledAgent) -> None:
         if self._ring is None or agent.quarantined:
             return
         if agent.learn:
             await self._ring.admit_all(agent.address, None)
-        direct = [Direct(str(one.network), one.l4, one.low, one.high) for one in passed(plan, agent.policy)]
-        await self._ring.admit(agent.address, direct)
+        await self._admit_all(self._plan(), at=agent.address, coming=agent)
+
+    async def _admit_all(
+        self, plan: Plan, *, moving: bool = False, at: str = "", coming: EnrolledAgent | None = None
+    ) -> None:
+        """Admit every agent, or those `at` an address, one that is not known yet included."""
+        if self._ring is None:
+            return
+        wanted: dict[str, set[int]] = {at: set()} if at else {}
+        for agent in [*self._roster, *([coming] if coming is not None else [])]:
+            if at in {"", agent.address}:
+                numbers = {agent.policy, plan.agents.get(agent.key, agent.policy)} if moving else {agent.policy}
+                wanted.setdefault(agent.address, set()).update(set() if agent.quarantined else numbers)
+        known: dict[frozenset[int], Admitted] = {}
+        for numbers in wanted.values():
+            if frozenset(numbers) not in known:
+                known[frozenset(numbers)] = _admitted(plan, numbers)
+        await self._ring.admit_each({address: known[frozenset(numbers)] for address, numbers in wanted.items()})
+
+
+def _admitted(plan: Plan, policies: Collection[int]) -> Admitted:
+    """What the ring lets agents of these policies begin."""
+    direct = [Direct(str(one.network), one.l4, one.low, one.high) for id_ in policies for one in passed(plan, id_)]
+    return Admitted(tuple(direct), frozenset((row.l4, row.port) for row in plan.proxy_ports if row.policy in policies))
 
 
 def _http_listeners(policy: Policy) -> set[int]:

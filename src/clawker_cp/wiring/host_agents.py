@@ -7,7 +7,7 @@ Adopts what an earlier server left, opens the socket that `run` joins, and says 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -104,6 +104,13 @@ class HostAgents:
     def exposures(self, _agent_id: str) -> Sequence[str]:
         """A sandbox is given no way out by its owner."""
         return ()
+
+    def denied(self) -> Sequence[Sandbox]:
+        """A sandbox that cannot be enrolled is never started."""
+        return ()
+
+    def failures(self) -> Mapping[str, str]:
+        return {}
 
     async def prepare(self) -> None:
         await self._engine.start()

@@ -95,7 +95,7 @@ class ServerStatus:
     """
     One per server. `up` says whether the firewall is on, `authority_answers` is the authority's probe,
     `engine_answers` and `behind_gate` are "" or say what is wrong with the engine, and with CoreDNS where it runs;
-    `enrolled` which cgroups the kernel has rows of.
+    `enrolled` which cgroups the kernel has rows of, `failures` which running agents could not be enrolled, and why.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class ServerStatus:
         engine_answers: Callable[[], Awaitable[str]],
         behind_gate: Callable[[], str] | None,
         enrolled: Callable[[], Collection[int]],
+        failures: Callable[[], Mapping[str, str]] = dict,
         max_agents: int,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -140,6 +141,7 @@ class ServerStatus:
         self._engine_answers = engine_answers
         self._behind_gate = behind_gate
         self._enrolled = enrolled
+        self._failures = failures
         self._max_agents = max_agents
         self._ends: dict[str, float] = {}
         self._wall = wall
@@ -256,6 +258,9 @@ class ServerStatus:
         held = self._enrolled()
         running = list(self._roster)
         missing = [agent.key for agent in running if agent.cgroup_id not in held]
+        if failed := self._failures():
+            told = "; ".join(f"{one[:12]}: {cause}" for one, cause in sorted(failed.items())[:3])
+            return Health.DEGRADED, f"{len(failed)} denied everything, for they could not be enrolled: {told}"
         if missing:
             return Health.DEGRADED, f"denied everything, for they are not enrolled: {', '.join(sorted(missing)[:5])}"
         return Health.OK, f"{len(running)} running"

@@ -92,6 +92,9 @@ class Kernel:
     async def holds(self, agent: EnrolledAgent, container: Container) -> bool:
         return agent.cgroup_id in self.rows and container.id in self.opened
 
+    async def isolate(self, agent: EnrolledAgent) -> None:
+        self.told.append(f"isolate {agent.cgroup_id}")
+
     async def wait_dead(self, cgroup_id: int) -> None:
         while cgroup_id in self.alive:
             await self.died.wait()
@@ -330,3 +333,34 @@ def test_any_order_ends_in_what_the_engine_says(
         world.database.close()
 
     asyncio.run(play())
+
+
+async def test_a_way_out_given_later_quarantines_then(tmp_path: Path) -> None:
+    """An exposure of an agent that runs is judged like one from the start, once, and isolates it (row 34)."""
+    world = World(tmp_path, quarantine_exposed=True)
+    world.engine.put(Container())
+    await world.lives.refresh(ID)
+    world.engine.put(Container(exposures=("second_network:aside",)))
+    await world.lives.refresh(ID)
+    reason = world.quarantines.get(ID)
+    world.database.close()
+
+    assert reason is not None and reason.cause == EXPOSURE
+    assert world.kernel.told == ["attach 7", "admit 7", "attach 7", "isolate 7"]
+
+
+async def test_who_is_refused_is_shown_and_tried_again(tmp_path: Path) -> None:
+    """A full table leaves the agent denied and listed with the cause; the next try enrols it."""
+    world = World(tmp_path)
+    world.engine.put(Container(exposures=("host_network",)))
+    world.kernel.refuse = True
+    await world.lives.attempt(ID)
+    denied = [(one.id, one.exposures) for one in world.lives.denied()]
+    failures = world.lives.failures()
+    world.kernel.refuse = False
+    await world.lives.retry()
+    world.database.close()
+
+    assert denied == [(ID, ("host_network",))] and failures == {ID: "the map is full"}
+    assert world.lives.denied() == [] and world.lives.failures() == {}
+    assert world.roster.by_id(ID) is not None

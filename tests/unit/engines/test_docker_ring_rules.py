@@ -6,7 +6,8 @@ import pytest
 
 from clawker_cp.engines.base import AgentNetwork
 from clawker_cp.engines.docker.ring import DockerRing
-from clawker_cp.engines.docker.ring_rules import PROXY_TCP, PROXY_UDP, Pin, Rules
+from clawker_cp.engines.docker.ring_rules import PROXY_UDP, Pin, Rules
+from clawker_cp.engines.host.ring import LISTENS, PROXY_TCP
 
 GATEWAY = "10.231.96.1"
 
@@ -31,7 +32,9 @@ def test_tuples_are_the_hosts_when_the_gateway_serves() -> None:
     """On the gateway everything is accepted by the host's input and nothing by bridging, but what is named extra."""
     script = rules(network()).script()
 
-    assert f"ip daddr {GATEWAY} tcp dport {{ {PROXY_TCP} }} accept" in chain(script, "inet", "input")
+    listener = f"{LISTENS} accept"
+    assert f"ip daddr {GATEWAY} tcp dport {{ {PROXY_TCP} }} {listener}" in chain(script, "inet", "input")
+    assert f"tcp dport {{ {PROXY_TCP} }} accept" not in script
     assert "ip daddr 172.17.0.1 tcp dport { 18374 } accept" in chain(script, "inet", "input")
     assert GATEWAY not in chain(script, "bridge", "to_infrastructure").replace(f"arp daddr ip {{ {GATEWAY} }}", "")
 
@@ -41,7 +44,7 @@ def test_tuples_are_bridged_each_to_its_own_address() -> None:
     script = rules(network("10.231.96.200", "10.231.96.202", "10.231.96.202")).script()
     bridged = chain(script, "bridge", "to_infrastructure")
 
-    assert f"ip daddr 10.231.96.200 udp dport {{ {PROXY_UDP} }} accept" in bridged
+    assert f"ip daddr 10.231.96.200 udp dport {{ {PROXY_UDP} }} {LISTENS} accept" in bridged
     assert "ip daddr 10.231.96.202 tcp dport { 4444, 7080, 7444 } accept" in bridged
     assert f"ip daddr 10.231.96.202 tcp dport {{ {PROXY_TCP} }}" not in bridged
     assert f"ip daddr {GATEWAY}" not in script

@@ -59,6 +59,10 @@ class Host:
         self.rows.discard(agent.cgroup_id)
         self.told.append("no row")
 
+    async def readmit(self, address: str) -> None:
+        if any(word.startswith("pin") for word in self.told):
+            self.told.append(f"readmit {address}")
+
     async def pin(self, interface: str, address: str, *, mac: str, infrastructure: bool = False) -> None:
         self.told.append(f"pin {interface} {address} {mac[-2:]}{' infrastructure' if infrastructure else ''}")
 
@@ -102,7 +106,13 @@ async def test_frames_pass_last_and_stop_first(container: AgentContainer, cgroup
     await side.open(container)
     assert await side.holds(agent, container) and side.owner(5) == ID
     await side.withdraw(agent)
-    assert host.told == ["row", "pin veth1 198.51.100.7 01", "unpin veth1 198.51.100.7", "no row"]
+    assert host.told == [
+        "row",
+        "pin veth1 198.51.100.7 01",
+        "readmit 198.51.100.7",
+        "unpin veth1 198.51.100.7",
+        "no row",
+    ]
     assert side.owner(5) == "" and not await side.holds(agent, container)
 
 
@@ -118,7 +128,7 @@ async def test_another_process_or_address_is_another_port(container: AgentContai
     host.ports[200] = Port("veth2", 6, "02:00:00:00:00:02")
     assert not await side.holds(agent, again)
     await side.open(again)
-    assert host.told[-2:] == ["unpin veth1 198.51.100.7", "pin veth2 198.51.100.8 02"]
+    assert host.told[-3:] == ["unpin veth1 198.51.100.7", "pin veth2 198.51.100.8 02", "readmit 198.51.100.8"]
 
 
 async def test_a_container_without_a_cgroup_is_told(container: AgentContainer) -> None:
@@ -207,3 +217,37 @@ async def test_death_is_the_end_of_the_last_process(container: AgentContainer, c
     await side.wait_dead(number)
     assert asked == []
     await side.wait_dead(number + 1)  # never attached: nothing to wait for
+
+
+async def test_a_shared_port_is_an_agents_until_the_last_agent_is_gone(container: AgentContainer, cgroup: Path) -> None:
+    """Behind one port a neighbour does not take an agent's pin, and one that leaves does not close it for the other."""
+    host = Host()
+    side = make(host)
+    neighbour = AgentContainer("b" * 64, "n", {}, True, address=container.address, pid=100)
+    await side.admit_neighbour(neighbour)
+    await side.attach(container)
+    await side.open(container)
+    await side.admit_neighbour(neighbour)  # an event of it, whichever
+    await side.withdraw(agent_in(cgroup))
+    await side.forget_neighbour(neighbour.id)
+    pins = [word for word in host.told if "pin" in word]
+    assert pins == [
+        "pin veth1 198.51.100.7 01 infrastructure", "pin veth1 198.51.100.7 01",
+        "pin veth1 198.51.100.7 01 infrastructure", "unpin veth1 198.51.100.7",
+    ]  # fmt: skip
+
+
+async def test_a_port_in_doubt_is_looked_up_again(container: AgentContainer, cgroup: Path) -> None:
+    """Off the network and on again is another veth at the same address and process: it holds only once it is pinned."""
+    host = Host()
+    side = make(host)
+    agent = agent_in(cgroup)
+    await side.attach(container)
+    await side.admit(agent, container)
+    await side.open(container)
+    host.ports[100] = Port("veth9", 9, "02:00:00:00:00:09")
+    side.doubt(ID)
+    held = await side.holds(agent, container)
+    await side.open(container)
+    assert not held and await side.holds(agent, container)
+    assert host.told[-3:-1] == ["unpin veth1 198.51.100.7", "pin veth9 198.51.100.7 09"]

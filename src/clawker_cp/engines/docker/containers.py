@@ -30,6 +30,7 @@ def describe(record: Mapping[str, Any], network: AgentNetwork) -> AgentContainer
     state, settings = section(record, "State"), section(record, "NetworkSettings")
     arguments = record.get("Args")
     running = state.get("Running") is True
+    mode = text(section(record, "HostConfig").get("NetworkMode"))
     return AgentContainer(
         id=text(record.get("Id")),
         name=text(record.get("Name")).removeprefix("/"),
@@ -45,6 +46,7 @@ def describe(record: Mapping[str, Any], network: AgentNetwork) -> AgentContainer
             for word in (record.get("Path"), *(arguments if isinstance(arguments, list) else ()))
             if isinstance(word, str) and word
         ),
+        shares=mode.removeprefix("container:") if mode.startswith("container:") else "",
     )
 
 

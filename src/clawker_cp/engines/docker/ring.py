@@ -46,7 +46,7 @@ class DockerRing(DirectPaths):
         extra_tuples: Sequence[tuple[str, int]] = (),
         host_pid: int = 1,
     ) -> None:
-        super().__init__(f"clawker_{network.bridge}")
+        super().__init__(f"clawker_{network.bridge}", ("inet", "bridge"))
         self._bridge = network.bridge
         self._group = group
         self._host_pid = host_pid
@@ -81,7 +81,7 @@ class DockerRing(DirectPaths):
                 log.warning("engines_ring_remade", error=str(error))
                 fresh = "".join(f"add table {table}\ndelete table {table}\n" for table in self._made.tables)
                 await self._nft(fresh + script)
-            self._direct.clear()
+            self._admitted.clear()
             self._pinned = pinned
 
     def script(self, living: Sequence[Pin] = (), infrastructure: Sequence[Pin] = ()) -> str:
@@ -97,7 +97,7 @@ class DockerRing(DirectPaths):
         """
         async with self._lock:
             self._pinned.clear()
-            self._direct.clear()
+            self._admitted.clear()
             for table in self._made.tables:
                 await run(*in_host(self._host_pid), "nft", "delete", "table", *table.split(), check=False)
 
@@ -120,7 +120,9 @@ class DockerRing(DirectPaths):
             await self._nft(text + self._made.give(item.pin, infrastructure))
             for other in before:
                 self._pinned.pop(other.pin.interface, None)
-                self._direct.pop(other.pin.address, None)
+                self._admitted.pop(other.pin.address, None)
+            if self._pinned.get(interface) != item:
+                self._admitted.pop(address, None)  # admit after this, not before
             self._pinned[interface] = item
 
     async def unpin(self, interface: str, address: str) -> None:
@@ -136,7 +138,7 @@ class DockerRing(DirectPaths):
                 text = self._take(item)
             if not any(other.pin.address == address and other is not item for other in self._pinned.values()):
                 text += await self._close_paths({address})
-                self._direct.pop(address, None)
+                self._admitted.pop(address, None)
             if text:
                 await self._nft(text)
             if item is not None and item.pin.address == address:
@@ -167,8 +169,7 @@ class DockerRing(DirectPaths):
 
     async def _close_paths(self, addresses: Iterable[str]) -> str:
         gone = frozenset(addresses)
-        text = self._delete("direct", [item for item in await self._elements("direct") if source_of(item) in gone])
-        return text + "".join(self._end(address) for address in sorted(gone))
+        return await self._withdrawn(gone) + "".join(self._end(address) for address in sorted(gone))
 
     def _end(self, address: str) -> str:
         # Adding first: an element whose time ended meanwhile is fine.
@@ -179,10 +180,11 @@ class DockerRing(DirectPaths):
         try:
             known = {tuple(bare(item)["concat"]) for item in await self._elements("agent_pins", self._frames)}
             direct, everywhere = await self._elements("direct"), await self._elements("everywhere")
+            begun = {source_of(item) for table in self._listening for item in await self._elements("listeners", table)}
         except Unavailable:  # no ring yet, or one of another shape: nothing is kept
             return ""
         kept = {pin.address for pin in living if (pin.interface, pin.mac.lower(), pin.address) in known}
-        text = self._delete("direct", [item for item in direct if source_of(item) not in kept])
+        text = await self._withdrawn(({source_of(item) for item in direct} | begun) - kept)
         return text + "".join(self._end(address) for address in {source_of(item) for item in everywhere} - kept)
 
     async def _settle_bridge(self) -> None:

@@ -13,16 +13,14 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from clawker_cp.engines.base import AgentNetwork
+from clawker_cp.engines.host.ring import LISTENERS, LISTENS, NO_START, PROXY_TCP
 
 AGENT_DAEMON_PORT = 7700
 CP_TCP = "4444, 7080, 7444"
-# The bands of contract 1.1 without the ports that are never allocated (ruling R4).
-PROXY_TCP = "10000-10999, 12000-18373, 18375-18900, 18903-22999"
 PROXY_UDP = "10000, 11001-11999, 12000-13001, 23000-31999"
 PASSED = "0x636b7701"  # the mark of a frame that a pin passed
 FLOW_TIMEOUT = "1h"  # a connection that we began and that was silent for so long
 FLOWS_LIMIT = 65536
-NO_START = "tcp flags & (syn | ack) != syn"
 
 
 class Pin(NamedTuple):
@@ -114,9 +112,11 @@ class Rules:
         }
         kept = {
             f"{frames} noise": f"type ifname; {noise}",
+            f"{frames} listeners": LISTENERS,
             f"{frames} began": f"type ipv4_addr . inet_service . ipv4_addr . inet_service; {flows}",
             f"{inet} noise": f"type ipv4_addr; {noise}",
             f"{inet} direct": "type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval;",
+            f"{inet} listeners": LISTENERS,
             f"{inet} everywhere": "type ipv4_addr; flags timeout;",
             f"{inet} reserved": "type ipv4_addr; flags interval; auto-merge;",
         }
@@ -165,6 +165,21 @@ class Rules:
             if address in extra or (address == gateway) == local
         )
 
+    def _served(self, *, local: bool) -> str:
+        # What agents may begin, and of the proxy's ports only the listeners of their own policy.
+        lines = []
+        for l4, address, ports in self._bridged():
+            here = f"ip daddr {address} {l4} dport {{ {ports} }}"
+            if address not in {one for one, _port in self._extra} and (address == self._network.gateway) != local:
+                continue
+            if ports == PROXY_TCP:
+                lines.append(f"{here} {NO_START} accept")
+            if ports in {PROXY_TCP, PROXY_UDP}:
+                lines.append(f"{here} {LISTENS} accept")
+            else:
+                lines.append(f"{here} accept")
+        return "\n    ".join(lines)
+
     def _frames_table(self) -> str:
         net, subnet = self._network, self._network.subnet
         flow = "ip saddr . tcp sport . ip daddr . tcp dport"
@@ -198,7 +213,7 @@ table {self.frames} {{
     ether type arp arp daddr ip {{ {", ".join(sorted(net.served))} }} accept
     meta pkttype {{ broadcast, multicast }} counter drop
     {self._refused("fragment", fragments)}
-    {self._lines("ip daddr {address} {l4} dport {{ {ports} }} accept", local=False)}
+    {self._served(local=False)}
     ip daddr . tcp dport . ip saddr . tcp sport @began {NO_START} accept
     {self._refused("no_route")}
   }}
@@ -254,7 +269,7 @@ table {self.inet} {{
     ip saddr @infrastructure_addresses accept
     ip saddr != @agent_addresses jump refuse
     ip frag-off & 0x3fff != 0 jump refuse
-    {self._lines("ip daddr {address} {l4} dport {{ {ports} }} accept", local=True)}
+    {self._served(local=True)}
     {reply} accept
     jump refuse
   }}
@@ -263,7 +278,7 @@ table {self.inet} {{
     ip saddr @infrastructure_addresses {reply} accept
     ip saddr {net.cp} tcp dport {AGENT_DAEMON_PORT} accept
     ip saddr != @agent_addresses jump refuse
-    {self._lines("ip daddr {address} {l4} dport {{ {ports} }} accept", local=False)}
+    {self._served(local=False)}
     ip daddr @infrastructure_addresses {reply} accept
     jump refuse
   }}

@@ -1,5 +1,5 @@
 """
-Destinations that agents reach without the proxy: elements of the ring's sets, the same for every ring.
+What each agent may begin: its own listeners of the proxy, and destinations without the proxy, as sets of the ring.
 
 A change is one transaction; what is admitted for a time ends by the kernel's clock, whether we live or not.
 """
@@ -29,35 +29,54 @@ class Direct:
     high: int
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What one agent may begin: without the proxy, and at the proxy by protocol and port."""
+
+    direct: tuple[Direct, ...] = ()
+    listeners: frozenset[tuple[int, int]] = frozenset()
+
+
 class DirectPaths:
     """
-    The sets `direct`, `everywhere` and `reserved` of the ring in `table`; the ring's own rules look them up.
+    The sets `direct`, `listeners`, `everywhere` and `reserved` of the ring in `table`, which its own rules look up.
+
+    `listeners` is in each of the `families`. A frame that root makes itself passes no socket hook, so that what
+    keeps it from another policy's listener, or a service of the host among their ports, is this set alone.
     """
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, families: Sequence[str] = ("inet",)) -> None:
         self._table = table
+        self._listening = tuple(f"{family} {table}" for family in families)
         self._where: tuple[str, ...] = ()  # what goes before every command: a namespace to enter
-        self._direct: dict[str, tuple[Direct, ...]] = {}
+        self._admitted: dict[str, Admitted] = {}
         self._lock = asyncio.Lock()
 
-    async def admit(self, address: str, direct: Sequence[Direct]) -> None:
+    async def admit(self, address: str, direct: Sequence[Direct], listeners: Iterable[tuple[int, int]] = ()) -> None:
         """
-        Let an agent reach exactly these destinations directly; earlier ones are closed.
+        Let an agent begin exactly this: these destinations directly, these listeners (protocol, port) of the proxy.
 
-        IPv6 destinations are left out: they are not routed (R7).
+        Connections that were begun at another listener go on. IPv6 destinations are left out: not routed (R7).
         """
-        wanted = tuple(dict.fromkeys(item for item in direct if ipaddress.ip_network(item.network).version == 4))
-        if self._direct.get(address) == wanted:
-            return
+        await self.admit_each({address: Admitted(tuple(direct), frozenset(listeners))})
+
+    async def admit_each(self, wanted: Mapping[str, Admitted]) -> None:
+        """
+        As `admit`, for several agents in one transaction.
+        """
         async with self._lock:
-            old = [item for item in await self._elements("direct") if source_of(item) == address]
-            text = self._delete("direct", old)
-            elements = [_admitted(address, item) for item in disjoint(wanted)]
-            if elements:
-                text += f"add element {self._inet} direct {{ {', '.join(elements)} }}\n"
+            changed = {address: _routed(one) for address, one in wanted.items()}
+            changed = {address: one for address, one in changed.items() if self._admitted.get(address) != one}
+            if not changed:
+                return
+            text = ""
+            for table, name in (*((table, "listeners") for table in self._listening), (self._inet, "direct")):
+                text += self._delete(name, await self._of(name, table, changed), table)
+                elements = [f"{address} . {item}" for address, one in changed.items() for item in _parts(one, name)]
+                text += f"add element {table} {name} {{ {', '.join(elements)} }}\n" if elements else ""
             if text:
                 await self._nft(text)
-            self._direct[address] = wanted
+            self._admitted |= changed
 
     async def admit_all(self, address: str, seconds: float | None) -> None:
         """
@@ -110,10 +129,24 @@ class DirectPaths:
         listed = json.loads(await run(*self._where, "nft", "-j", "list", "set", *where, name))
         return [element for item in listed["nftables"] if "set" in item for element in item["set"].get("elem", ())]
 
-    def _delete(self, name: str, elements: Sequence[Any]) -> str:
+    async def _of(self, name: str, table: str, addresses: Iterable[str]) -> list[Any]:
+        """The elements of a set that belong to these agents."""
+        wanted = frozenset(addresses)
+        return [item for item in await self._elements(name, table) if source_of(item) in wanted]
+
+    async def _withdrawn(self, addresses: Iterable[str]) -> str:
+        """The text that closes everything that agents were admitted to by `admit`, whoever admitted it."""
+        gone = frozenset(addresses)
+        text = self._delete("direct", await self._of("direct", self._inet, gone))
+        for table in self._listening:
+            text += self._delete("listeners", await self._of("listeners", table, gone), table)
+        return text
+
+    def _delete(self, name: str, elements: Sequence[Any], table: str = "") -> str:
         if not elements:
             return ""
-        return f"delete element {self._inet} {name} {{ {', '.join(text_of(item) for item in elements)} }}\n"
+        where = f"{table or self._inet} {name}"
+        return f"delete element {where} {{ {', '.join(text_of(item) for item in elements)} }}\n"
 
 
 def disjoint(direct: Iterable[Direct]) -> list[Direct]:
@@ -155,9 +188,21 @@ def _without(spans: Iterable[tuple[int, int]], holes: Iterable[tuple[int, int]])
     return left
 
 
-def _admitted(address: str, item: Direct) -> str:
-    ports = str(item.low) if item.low == item.high else f"{item.low}-{item.high}"
-    return f"{address} . {item.network} . {PROTOCOLS[item.l4]} . {ports}"
+def _routed(admitted: Admitted) -> Admitted:
+    four = (item for item in admitted.direct if ipaddress.ip_network(item.network).version == 4)
+    return Admitted(tuple(dict.fromkeys(four)), admitted.listeners)
+
+
+def _parts(admitted: Admitted, name: str) -> list[str]:
+    """What goes behind the agent's address in one of the sets."""
+    if name == "direct":
+        return [f"{item.network} . {_ports(item.l4, item.low, item.high)}" for item in disjoint(admitted.direct)]
+    spans = ((l4, span) for l4 in PROTOCOLS for span in _union((p, p) for kind, p in admitted.listeners if kind == l4))
+    return [_ports(l4, low, high) for l4, (low, high) in spans]
+
+
+def _ports(l4: int, low: int, high: int) -> str:
+    return f"{PROTOCOLS[l4]} . {low}" + (f"-{high}" if high != low else "")
 
 
 def bare(element: Any) -> Any:

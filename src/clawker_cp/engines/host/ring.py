@@ -2,9 +2,9 @@
 The host ring: nftables rules around the agents' bridge that deny by default (threats.md, layer B).
 
 Bridge family: source MAC, address and ARP sender pinned per veth, every other EtherType and every
-tagged frame dropped. Inet family: from the bridge only the gate, the proxy bands and the agent-side
-ports; nothing is forwarded but what an address rule, a bypass or learning admits, with the kernel
-keeping the time. It judges by interface and address alone and relies on no other layer.
+tagged frame dropped. Inet family: from the bridge only the gate, the agent's own listeners of the proxy and
+the agent-side ports; nothing is forwarded but what an address rule, a bypass or learning admits, with the
+kernel keeping the time. It judges by interface and address alone and relies on no other layer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ __all__ = ["Direct", "HostRing", "disjoint"]
 
 log = structlog.get_logger()
 
-TCP_PORTS = "53, 4444, 7080, 7444, 10000-10999, 12000-22999"
-UDP_PORTS = "53, 10000, 11001-11999, 12000-13001, 23000-31999"
+SERVED_TCP = "53, 4444, 7080, 7444"
+# The bands of contract 1.1 without the ports that are never allocated (ruling R4). A connection is begun
+# only at a listener of the agent's own policy; one that exists goes on when the policy changes (R13).
+PROXY_TCP = "10000-10999, 12000-18373, 18375-18900, 18903-22999"
+NO_START = "tcp flags & (syn | ack) != syn"
+LISTENERS = "type ipv4_addr . inet_proto . inet_service; flags interval;"
+LISTENS = "ip saddr . ip protocol . th dport @listeners"
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 DEFAULT_GROUP = 18374  # NFLOG group of our drops
 
@@ -77,9 +82,9 @@ class HostRing(DirectPaths):
                 # transaction: there is no moment without a ring.
                 log.warning("engines_ring_remade", error=str(error))
                 await self._nft(fresh + script)
-                self._direct.clear()
+                self._admitted.clear()
             living = {address for _interface, address in sandboxes}
-            for name in ("direct", "everywhere"):
+            for name in ("direct", "listeners", "everywhere"):
                 gone = [item for item in await self._elements(name) if source_of(item) not in living]
                 if gone:
                     await self._nft(self._delete(name, gone))
@@ -109,11 +114,11 @@ class HostRing(DirectPaths):
         """
         Take back everything a sandbox was given; what is gone already is fine.
         """
-        self._direct.pop(address, None)
+        self._admitted.pop(address, None)
         pin = f"element {self._frames} pins {{ {_pin(interface, address)} }}"
         async with self._lock:
             text = f"add {pin}\ndelete {pin}\n"
-            for name in ("direct", "everywhere"):
+            for name in ("direct", "listeners", "everywhere"):
                 text += self._delete(name, [item for item in await self._elements(name) if source_of(item) == address])
             await self._nft(text)
 
@@ -139,6 +144,7 @@ add set {frames} pins {{ type ifname . ether_addr . ipv4_addr; }}
 add set {frames} noise {{ type ifname; flags dynamic,timeout; timeout 1m; size 8192; }}
 add set {inet} noise {{ type ifname; flags dynamic,timeout; timeout 1m; size 8192; }}
 add set {inet} direct {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
+add set {inet} listeners {{ {LISTENERS} }}
 add set {inet} everywhere {{ type ipv4_addr; flags timeout; }}
 add set {inet} reserved {{ type ipv4_addr; flags interval; auto-merge; }}
 add chain {frames} agent
@@ -175,8 +181,10 @@ table {inet} {{
     {agents} iifname != "{bridge}" drop
     iifname != "{bridge}" accept
     ip frag-off & 0x3fff != 0 jump refuse
-    ip saddr {subnet} ip daddr {gateway} tcp dport {{ {TCP_PORTS} }} accept
-    ip saddr {subnet} ip daddr {gateway} udp dport {{ {UDP_PORTS} }} accept
+    ip saddr {subnet} ip daddr {gateway} tcp dport {{ {SERVED_TCP} }} accept
+    ip saddr {subnet} ip daddr {gateway} udp dport 53 accept
+    ip saddr {subnet} ip daddr {gateway} tcp dport {{ {PROXY_TCP} }} {NO_START} accept
+    ip daddr {gateway} {LISTENS} accept
     {extra}
     ct state established ct direction reply accept
     jump refuse
