@@ -25,6 +25,7 @@ from clawker_cp.rpc.local_protocol import SOCKET_NAME, LocalChannel, connect
 CONNECT_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
 ATTEMPTS = 10
+DIED_PATIENCE_S = 60.0  # servers that were killed while they started: another may live, one that always dies does not
 RETRY_MIN_S, RETRY_MAX_S = 0.05, 2.0
 DIED = "SERVER_DIED"
 PASSING = {"ALREADY_RUNNING", DIED}
@@ -58,14 +59,17 @@ async def join_server(
     again, more and more slowly, until it is used up. A command that runs is worth waiting for.
     """
     path = socket_path(directories)
-    until = time.monotonic() + patience_s
+    began = time.monotonic()
+    until, died_until = began + patience_s, began + DIED_PATIENCE_S
     delay_s, told = RETRY_MIN_S, ""
     for attempt in itertools.count(1):
         try:
             return await _connect_or_start(directories, path, streams)
         except (ClawkerError, OSError) as error:
             passing = _passes(error)
-            if time.monotonic() >= until and not (passing and attempt < ATTEMPTS):
+            died = isinstance(error, ServerRefused) and error.code == DIED
+            more = attempt < ATTEMPTS or (died and time.monotonic() < died_until)
+            if time.monotonic() >= until and not (passing and more):
                 if not passing:
                     raise
                 raise Unavailable(

@@ -38,7 +38,7 @@ OWN_FAILURE = 125  # ruling R40
 ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 REATTACH_PATIENCE_S = 600.0  # for a command that runs; one that does not yet is not worth that
-START_PATIENCE_S = 10.0
+START_PATIENCE_S = 60.0
 STABLE_AFTER_S = 5.0  # a server that lives this long after we came is not one that our coming ends
 OUTPUT_DRAIN_S = 2.0
 

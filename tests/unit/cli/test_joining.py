@@ -120,11 +120,21 @@ async def test_a_refusal_is_told_at_once(place: Place) -> None:
 async def test_servers_that_die_are_given_up_in_the_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """After some attempts the error names the socket and where to look."""
     monkeypatch.setattr(joining, "ATTEMPTS", 3)
+    monkeypatch.setattr(joining, "DIED_PATIENCE_S", 0.0)
     place.plan()
     with pytest.raises(Unavailable, match=str(socket_path(place.directories))) as caught:
         await joined(place)
     assert len(place.started) == 3
     assert "clawker-controlplane.log" in (caught.value.hint or "")
+
+
+async def test_deaths_are_outlasted_for_a_while(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More servers that are killed while they start than attempts: the one that lives is joined."""
+    monkeypatch.setattr(joining, "ATTEMPTS", 2)
+    monkeypatch.setattr(joining, "RETRY_MAX_S", 0.05)
+    place.plan(*["die"] * 5, "serve")
+    await joined(place)
+    assert len(place.started) == 6
 
 
 async def test_patience_outlasts_refusals_and_deaths(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
