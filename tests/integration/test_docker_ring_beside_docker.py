@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
-import shutil
 import subprocess
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,106 +17,24 @@ from clawker_cp.engines.docker.ring_rules import Pin
 from clawker_cp.engines.host.direct import Direct
 from clawker_cp.engines.host.namespaces import in_netns
 from clawker_cp.testing.bridge_world import FAR, GATEWAY, HOST, ON_HOST, SUBNET, WORLD, connected, hold, run
+from clawker_cp.testing.docker_world import IMAGE, DockerWorld, missing
 from clawker_cp.testing.sandbox_world import tcp_server, until
 from clawker_cp.testing.world import HostNamespace
 
-BUSYBOX = shutil.which("busybox")
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("dockerd") is None, reason="needs dockerd"),
-    pytest.mark.skipif(BUSYBOX is None, reason="needs a static busybox"),
+    pytest.mark.docker,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
 ]
 REFUSED = {"TimeoutError", "ConnectionRefusedError", "ConnectionResetError", "OSError", ""}
 
 
-@dataclass
-class Docker:
-    """An engine of the test's own in a host namespace; a daemon that is started again keeps its containers."""
-
-    host: HostNamespace
-    base: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def socket(self) -> str:
-        return f"unix://{self.base}/docker.sock"
-
-    def start(self) -> None:
-        log = (self.base / "log").open("ab")
-        self.process = self.host.popen(
-            ["dockerd", "--live-restore", "-H", self.socket, "--data-root", f"{self.base}/data",
-             "--exec-root", f"{self.base}/exec", "--pidfile", f"{self.base}/pid", "--storage-driver", "vfs",
-             "--cgroup-parent", f"/{self.host.prefix}-docker"],
-            stdout=log, stderr=log,
-        )  # fmt: skip
-        log.close()
-        until(self.answers, "the engine")
-
-    def answers(self) -> bool:
-        return (
-            subprocess.run(["docker", "-H", self.socket, "version"], capture_output=True, check=False).returncode == 0
-        )
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait(20)
-
-    def __call__(self, *words: str) -> str:
-        return run("docker", "-H", self.socket, *words).strip()
-
-    def image(self) -> None:
-        assert BUSYBOX is not None
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w") as tar:
-            tar.add(BUSYBOX, "bin/busybox")
-        subprocess.run(
-            ["docker", "-H", self.socket, "import", "-", "box"],
-            input=packed.getvalue(),
-            check=True,
-            capture_output=True,
-        )
-
-    def run(self, name: str, *options: str) -> int:
-        self("run", "-d", "--name", name, *options, "box", "/bin/busybox", "sleep", "600")
-        return int(self("inspect", "-f", "{{.State.Pid}}", name))
-
-
-@contextlib.contextmanager
-def engine(host: HostNamespace, base: Path) -> Iterator[Docker]:
-    made = Docker(host, base)
-    try:
-        made.start()
-        made.image()
-        yield made
-    finally:
-        # A daemon that keeps its containers over a restart leaves them to whoever stops it for good.
-        if made.answers() and (names := made("ps", "-aq").split()):
-            made("rm", "-f", *names)
-        made.stop()
-        places = [place for place in Path("/sys/fs/cgroup").glob(f"**/{host.prefix}-docker") if place.is_dir()]
-        for place in places:
-            until(functools.partial(removed, place), f"the end of {place}")
-
-
-def removed(place: Path) -> bool:
-    try:
-        for directory in (*sorted(place.rglob("*/"), reverse=True), place):
-            directory.rmdir()
-    except FileNotFoundError:
-        return True  # another controller's name of the same directory
-    except OSError:
-        return False
-    return True
-
-
-async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting(tmp_path: Path) -> None:
+async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting() -> None:
     """
     Direct paths pass the engine's forwarding, nothing else does; who reaches a published port follows
     firewall.inbound; a restart of the engine changes none of it.
     """
-    tmp_path.chmod(0o755)
     with contextlib.ExitStack() as stack:
         async with HostNamespace() as host:
             outside = hold("unshare", "--net")
@@ -136,15 +50,20 @@ async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting(t
                 f"route add {SUBNET} via {HOST}",
             ):  # fmt: skip
                 run("nsenter", "-t", str(outside.pid), "-n", "ip", *command.split())
-            with engine(host, tmp_path) as docker:
+            async with DockerWorld(host, live_restore=True) as engine:
+                docker = functools.partial(said, "docker", "--host", engine.endpoint)
                 identity = docker("network", "create", "--subnet", SUBNET, "--gateway", GATEWAY, "clawker-net")
                 bridge = f"br-{identity[:12]}"
                 network = AgentNetwork(id=identity, subnet=SUBNET, gateway=GATEWAY, bridge=bridge, **ON_HOST)
                 ring = DockerRing(network, host_pid=host.pid)
                 await ring.install([])
 
-                pid = docker.run("agent", "--network", "clawker-net", "--ip", "10.231.96.5", "-p", "8080:80")
-                other = docker.run("other", "--network", "clawker-net", "--ip", "10.231.96.6")
+                pid, other = (
+                    started(docker, *words, "--network", "clawker-net", "--ip", address)
+                    for words, address in (
+                        (("--name", "agent", "-p", "8080:80"), "10.231.96.5"), (("--name", "other"), "10.231.96.6")
+                    )
+                )  # fmt: skip
                 inside, sibling = Path(f"/proc/{pid}/ns/net"), Path(f"/proc/{other}/ns/net")
                 for where, port in ((inside, 80), (inside, 7700), (sibling, 80)):
                     stack.enter_context(tcp_server("0.0.0.0", port, where))
@@ -173,8 +92,8 @@ async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting(t
 
                 for restarted in (False, True):
                     if restarted:
-                        docker.stop()
-                        docker.start()
+                        await engine.stop_daemon()
+                        await engine.start_daemon()
                         assert "DOCKER" in run("nsenter", "-t", str(host.pid), "-n", "iptables", "-S", "FORWARD")
                     # Who asked before its port was open asks for the neighbour again within a second.
                     until(lambda: from_agent(GATEWAY, 10000) == "10.231.96.5", "the way to the gateway")
@@ -198,6 +117,15 @@ async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting(t
                 await DockerRing(network, host_pid=host.pid, inbound="none").install(pins)
                 assert published() == (False, False, False)
                 assert in_netns(host.netns, lambda: connected("10.231.96.5", 7700)) == GATEWAY
+
+
+def said(*command: str) -> str:
+    return run(*command).strip()
+
+
+def started(docker: Callable[..., str], *options: str) -> int:
+    """A sleeping container's first process."""
+    return int(docker("inspect", "-f", "{{.State.Pid}}", docker("run", "-d", *options, IMAGE, "sleep", "600")))
 
 
 def _pin(port: Port, address: str) -> Pin:
