@@ -50,7 +50,7 @@ build: $(BUILT) ## wheel and sdist in dist/
 	@$(BIN)/python -m build -q --no-isolation
 
 bench: $(BUILT) ## the benchmarks, as ratios in one run
-	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group -q -s
+	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group -q -s -o faulthandler_timeout=0
 
 bench-once: $(BUILT) ## each benchmark once with timing off, so that none rots
 	@$(BIN)/python -m pytest benchmarks --benchmark-disable -q

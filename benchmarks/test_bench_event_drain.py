@@ -42,6 +42,7 @@ COUNT, ROUNDS = 40_000, 7  # nearly what the ring of 4 MiB holds
 OVERFULL = 60_000
 UNLIMITED = (10**9, 10**9, 10**9)
 RATE, SECONDS = 200_000, 2
+WRITE_EVERY = 10_000  # the server does it every 50 ms
 _RECORD = struct.Struct("<QQQQ16sIIIIIHHBBBBBBB9x")
 _SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -58,9 +59,9 @@ ring = lib.bpf_new_ringbuf(lib.bpf_obj_get(sys.argv[1].encode()), kept, None)
 print("ready", flush=True)
 for line in sys.stdin:
     seen.clear()
-    began = time.perf_counter_ns()
+    began = time.process_time_ns()
     lib.bpf_consume_ringbuf(ring)
-    print(time.perf_counter_ns() - began, len(seen), flush=True)
+    print(time.process_time_ns() - began, len(seen), flush=True)
 """
 
 
@@ -104,7 +105,7 @@ class ThroughBcc:
         self.works = self._process.stdout.readline() == "ready\n"
 
     def drain(self) -> tuple[int, int]:
-        """Nanoseconds by its own clock, and how many records."""
+        """Nanoseconds of its own core, and how many records."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
@@ -150,22 +151,26 @@ class Pipeline:
         )
 
     def drain(self) -> int:
-        """Take everything that waits, and write it; returns how many records."""
-        count = 0
+        """Take everything that waits, and write it, the disk every now and then; returns how many records."""
+        count = written = 0
         while taken := self._reports.drain_kernel():
             count += taken
+            if count - written >= WRITE_EVERY:
+                self.log.close()
+                written = count
         self.log.close()
         return count
 
 
 def timed(work: Callable[[], int], expected: int) -> int:
-    began = time.perf_counter_ns()
+    """Nanoseconds of a core, not of the clock: what a neighbour takes meanwhile is not counted."""
+    began = time.process_time_ns()
     assert work() == expected
-    return time.perf_counter_ns() - began
+    return time.process_time_ns() - began
 
 
 def test_bench_event_drain(benchmark: Any, world: SocketWorld, agent: tuple[Loop, int], tmp_path: Path) -> None:
-    """Records a second of every reader, in turns, from the same ring."""
+    """Records a second of one core's time, every reader in turns, from the same ring."""
     loop, cgroup = agent
     manager = world.manager
     pipeline = Pipeline(world, cgroup, tmp_path / "flows")
@@ -220,7 +225,7 @@ def test_bench_event_drain(benchmark: Any, world: SocketWorld, agent: tuple[Loop
         if series:
             middle, best = statistics.median(series), min(series)
             print(
-                f"{name:<28}{COUNT / middle * 1e9:12,.0f} records/s (best {COUNT / best * 1e9:,.0f}), "
+                f"{name:<28}{COUNT / middle * 1e9:12,.0f} records/s of a core (best {COUNT / best * 1e9:,.0f}), "
                 f"{middle / base:5.2f} x the time of ours"
             )
     assert pipeline.log.lost["queue"] == 0
@@ -271,3 +276,4 @@ def test_bench_event_steady(benchmark: Any, world: SocketWorld, agent: tuple[Loo
         f"lost in the ring and counted, {lost['queue']:,} for want of disk"
     )
     assert counted["records"] + lost["kernel"] == connects
+    assert lost["queue"] == 0
