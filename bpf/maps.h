@@ -29,11 +29,14 @@ struct {
 	__type(value, struct clawker_name_value);
 } dns_cache SEC(".maps");
 
-/* (generation, policy, identity, port, protocol) -> what to do. Written by the manager. */
+/*
+ * (generation, policy, identity, port, protocol) -> what to do. Written by the manager. The rows'
+ * memory (25 MiB) is there from the start: fetching it row by row made a new generation of 10,000
+ * take 10 ms instead of 3. A deleted row may be given out again at once, as it may without (6.1).
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 262144);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct clawker_route_key);
 	__type(value, struct clawker_route_value);
 } route_map SEC(".maps");
