@@ -355,7 +355,9 @@ async def test_cut_destroys_exactly_the_matching_sockets(host: Host) -> None:
         "kept.sendall(b'x'); print(len(kept.recv(100)) > 0, flush=True)\n"
     )
     with tcp_server(GATEWAY, 10000), tcp_server(GATEWAY, 10001):
-        sandbox_id = await host.start("python3", "-c", client)
+        sandbox = await host.engine.create(host.spec("python3", "-c", client))
+        await host.engine.ring.admit(sandbox.address, [], [(6, 10000), (6, 10001)])
+        sandbox_id = await host.begin(sandbox.id)
         until(lambda: host.output(sandbox_id), "the connections")
         assert host.output(sandbox_id) == "up\n"
         assert {info.destination_port for info in await host.engine.sockets(sandbox_id)} == {10000, 10001}

@@ -123,11 +123,14 @@ class Host:
 
     async def start(self, *argv: str, **fields: Any) -> str:
         """Start one command and leave it running; the sandbox's id."""
-        sandbox = await self.engine.create(self.spec(*argv, **fields))
-        output = self.workdir.parent / f"output-{sandbox.id[:12]}"
+        return await self.begin((await self.engine.create(self.spec(*argv, **fields))).id)
+
+    async def begin(self, sandbox_id: str) -> str:
+        """Run the command of a sandbox that was created and leave it running; its id again."""
+        output = self.workdir.parent / f"output-{sandbox_id[:12]}"
         with output.open("w+b") as file, Path(os.devnull).open("rb") as nothing:
-            await self.engine.run(sandbox.id, (nothing.fileno(), file.fileno(), file.fileno()))
-        return sandbox.id
+            await self.engine.run(sandbox_id, (nothing.fileno(), file.fileno(), file.fileno()))
+        return sandbox_id
 
     def output(self, sandbox_id: str) -> str:
         return (self.workdir.parent / f"output-{sandbox_id[:12]}").read_text(errors="replace")
