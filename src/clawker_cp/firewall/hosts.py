@@ -61,6 +61,21 @@ class HostTable:
         return (l4, dst, port) in self.opaque
 
 
+def takes_nothing(old: HostTable, new: HostTable) -> bool:
+    """
+    Whether `new` treats everything that `old` speaks for in the same way, so that no connection of it has to end.
+
+    False when in doubt: what is new may neither lie below something old nor hold for every port.
+    """
+    pairs = ((old.exact, new.exact), (old.subtrees, new.subtrees))
+    if old.policy.egress_port != new.policy.egress_port or not old.opaque.items() <= new.opaque.items():
+        return False
+    if not all(before.items() <= after.items() for before, after in pairs):
+        return False
+    added = (key for before, after in pairs for key in after if key not in before)
+    return all(port and old.find(base, port, tls=tls) is None for base, port, tls in added)
+
+
 def may_stay(old: HostTable, new: HostTable, host: str, port: int, *, tls: bool) -> bool:
     """
     Whether a proxied connection may outlive a change.

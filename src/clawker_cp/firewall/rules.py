@@ -27,6 +27,9 @@ DENY = "deny"
 # Never read from users or files; only `salvage.py` makes it.
 PROTO_ANY = "any"
 
+# Every change normalises all stored rules (at most as many as this) again.
+_REMEMBERED = 20_000
+
 _PART = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
 _SCOPE = re.compile(rf"global|project:{_PART}|agent:(?:{_PART})?/{_PART}")
 
@@ -164,6 +167,11 @@ def normalise(rule: Rule) -> Rule:
 
     Total: a rule that does not validate comes back with the bad field trimmed, not fixed.
     """
+    return _normalised(rule)
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _normalised(rule: Rule) -> Rule:
     proto = normalise_proto(rule.proto)
     return replace(
         rule,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from clawker_cp.firewall.destinations import Destination, DestinationError, Kind, parse_destination
 from clawker_cp.firewall.paths import MAX_ENTRIES, path_problem
@@ -54,6 +55,12 @@ def validate(rules: Sequence[Rule]) -> Validation:
 
 def rule_problems(rule: Rule) -> list[Finding]:
     """Return everything wrong with one rule as (field, text), in the order of contract 7.3."""
+    return list(_problems(rule))
+
+
+# Every change judges all stored rules again, of which all but a few were judged before.
+@lru_cache(maxsize=MAX_RULES_STORED)
+def _problems(rule: Rule) -> tuple[Finding, ...]:
     destination: Destination | None = None
     found: list[Finding] = []
     try:
@@ -71,11 +78,15 @@ def rule_problems(rule: Rule) -> list[Finding]:
         found.append(("path_rules", f"has {len(rule.path_rules)} entries, at most {MAX_ENTRIES} are allowed"))
     found += _protocol_fit(normalise(rule), destination)
     found += _ours(rule)
-    return found
+    return tuple(found)
 
 
-def rule_warnings(rule: Rule) -> Iterator[Finding]:
-    """Yield what is allowed but probably not meant."""
+def rule_warnings(rule: Rule) -> tuple[Finding, ...]:
+    """Return what is allowed but probably not meant."""
+    return tuple(_warnings(rule))
+
+
+def _warnings(rule: Rule) -> Iterator[Finding]:
     try:
         destination = parse_destination(rule.dst.strip())
     except DestinationError:

@@ -22,15 +22,13 @@ from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.allocations import EGRESS_GLOBAL, NEVER
 from clawker_cp.firewall.changes import Change
 from clawker_cp.firewall.direct import passed, passes
-from clawker_cp.firewall.hosts import HostTable, equal_in_both, may_stay
-from clawker_cp.firewall.plan import Plan, Policy
+from clawker_cp.firewall.plan import Plan
 from clawker_cp.telemetry.connections import Connections
+from clawker_cp.wiring.policy_move import PolicyMove, listeners
 
 log = structlog.get_logger()
 
 CONTROL_PORTS = (4444, 7080, 7444)  # of the control plane, as agents see it (contract 1.3)
-
-
 PROXY_PORTS = range(EGRESS_GLOBAL, 32000)  # every band of contract 1.1
 INBOUND = {"host": InboundFrom.HOST, "published": InboundFrom.ANY}
 
@@ -179,7 +177,7 @@ class Enforcement:
         that were made under an earlier policy, and who judged them may have died in the middle of a change.
         """
         policy = self._plan().policies.get(agent.policy)
-        ports, proxy = _listeners(policy) if policy is not None else set(), self._engine.network.proxy
+        ports, proxy = listeners(policy) if policy is not None else set(), self._engine.network.proxy
 
         def stranger(info: SocketInfo) -> bool:
             port = info.destination_port
@@ -253,51 +251,22 @@ class Enforcement:
         Destroy what a change forbids; one sandbox's failure is logged and leaves the others' done.
         """
         count = 0
+        moves: dict[tuple[int, int], PolicyMove | None] = {}
         for agent in self._roster:
-            before, after = change.moved.get(agent.key, (agent.policy, agent.policy))
-            old, new = change.old.policies.get(before), change.new.policies.get(after)
-            if agent.learn or agent.bypassed or old is None or new is None:
+            if agent.learn or agent.bypassed:
                 continue
-            if old == new and not change.moved.get(agent.key) and change.old.cidrs == change.new.cidrs:
+            numbers = change.moved.get(agent.key, (agent.policy, agent.policy))
+            if numbers not in moves:
+                moves[numbers] = PolicyMove.of(*numbers, change, self._engine.network)
+            if (move := moves[numbers]) is None:
                 continue
             try:
-                count += await self._engine.cut(agent.id, self._doomed(agent, old, new, change))
+                count += await self._engine.cut(agent.id, move.doomed(self._connections.of(agent.address)))
             except (ClawkerError, OSError) as error:
                 log.warning("connections_not_cut", id=agent.id[:12], cause=str(error))
         if count:
             log.info("connections_cut", count=count, cause="rule")
         return count
-
-    def _doomed(self, agent: EnrolledAgent, old: Policy, new: Policy, change: Change) -> Callable[[SocketInfo], bool]:
-        """
-        Which of an agent's sockets have no permission left: proxied ones by what the proxy last said
-        of them or by their listener, direct ones by their address.
-        """
-        plan = change.new
-        network = self._engine.network
-        old_hosts, new_hosts = HostTable.of(old), HostTable.of(new)
-        read, ports = _http_listeners(old) & _http_listeners(new), _listeners(new)
-        proxies = {row.port for row in change.old.proxy_ports} | ports
-        kept: set[tuple[int, int]] = set()
-        forbidden: set[tuple[int, int]] = set()
-        for source, live in self._connections.of(agent.address).items():
-            stays = may_stay(old_hosts, new_hosts, live.host, live.port, tls=live.tls)
-            if live.listener not in ports:
-                # A listener of a policy that the agent has left, now or earlier: only what is equal in both stays.
-                stays = stays and equal_in_both(old_hosts, new_hosts, live.host, live.port, tls=live.tls)
-            (kept if stays else forbidden).add((source, live.listener))
-
-        def doomed(info: SocketInfo) -> bool:
-            if info.destination == network.proxy:
-                here, port = (info.source_port, info.destination_port), info.destination_port
-                if port in ports:
-                    return port in read and here in forbidden
-                return port in proxies and here not in kept
-            if info.destination in network.served or info.destination.startswith("127.") or ":" in info.destination:
-                return False
-            return not passes(plan, new.id, info.protocol, info.destination, info.destination_port)
-
-        return doomed
 
     async def readmit(self, address: str) -> None:
         """
@@ -334,13 +303,3 @@ def _admitted(plan: Plan, policies: Collection[int]) -> Admitted:
     """What the ring lets agents of these policies begin."""
     direct = [Direct(str(one.network), one.l4, one.low, one.high) for id_ in policies for one in passed(plan, id_)]
     return Admitted(tuple(direct), frozenset((row.l4, row.port) for row in plan.proxy_ports if row.policy in policies))
-
-
-def _http_listeners(policy: Policy) -> set[int]:
-    """Ports on which the proxy reads the name, so that its record decides."""
-    return {policy.egress_port, *(origin.listen for origin in policy.origins if origin.listen)}
-
-
-def _listeners(policy: Policy) -> set[int]:
-    """Every proxy port of a policy."""
-    return {*_http_listeners(policy), *(target.listen for target in policy.opaque)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from clawker_cp.firewall.allocations import EMPTY
 from clawker_cp.firewall.compile import Compiled, compile_plan
-from clawker_cp.firewall.hosts import HostTable, may_stay
+from clawker_cp.firewall.hosts import HostTable, may_stay, takes_nothing
 from clawker_cp.firewall.plan import TCP, DeniedHost, Passthrough, Topology
 from clawker_cp.firewall.rules import Rule
 from clawker_cp.testing.plan_world import World, build, deny, rule
@@ -48,6 +48,21 @@ def test_a_connection_does_not_stay_when_reading_begins() -> None:
     assert not may_stay(table(rule("x.com", tls="passthrough")), table(rule("x.com")), "x.com", 443, tls=True)
 
 
+def test_an_addition_takes_nothing_unless_it_speaks_for_what_was_spoken_for() -> None:
+    """A rule that is gone, another path, a denial or a way of reading below a wildcard each may take something."""
+    before = [rule("*.x.com"), rule("y.com"), rule("ssh://z.com")]
+    told = {
+        added: takes_nothing(table(*before), table(*before, *more))
+        for added, more in {
+            "nothing": [], "a host": [rule("n.com")], "a subtree": [rule("*.n.com")], "a listener": [rule("ssh://n.com")],
+            "a path below": [rule("a.x.com/only")], "a denial below": [deny("a.x.com")],
+            "unread below": [rule("a.x.com", tls="passthrough")], "a denied path": [deny("y.com/secret")],
+        }.items()
+    }  # fmt: skip
+    assert [added for added, nothing in told.items() if nothing] == ["nothing", "a host", "a subtree", "a listener"]
+    assert not any(takes_nothing(table(*before), table(*before[:gone], *before[gone + 1 :])) for gone in range(3))
+
+
 def test_over_a_change_of_policy_only_equal_treatment_keeps_a_connection() -> None:
     """And plain HTTP never."""
     own = "agent:p/a"
@@ -85,3 +100,23 @@ def test_the_table_finds_what_a_scan_of_all_virtual_hosts_finds(rules: list[Rule
             found, scanned = hosts.find(name, 443, tls=tls), model.host(name, 443, tls=tls)
             words = {DeniedHost: "rule_deny", Passthrough: "pass", type(None): "host_not_allowed"}
             assert words.get(type(found), found) == scanned
+
+
+@settings(deadline=None)
+@given(st.lists(RULES, max_size=5), st.lists(RULES, max_size=2))
+def test_where_nothing_is_taken_every_connection_may_stay(before: list[Rule], more: list[Rule]) -> None:
+    """Whatever rules there are and come: no host that was allowed would lose its connection."""
+    first = compile_plan(before, (), Topology(), EMPTY, now=0.0)
+    if not isinstance(first, Compiled):
+        return
+    second = compile_plan([*before, *more], (), Topology(), first.allocations, now=0.0)
+    if not isinstance(second, Compiled):
+        return
+    old, new = (HostTable.of(one.plan.policies[1]) for one in (first, second))
+    event(f"nothing taken: {takes_nothing(old, new)}")
+    if takes_nothing(old, new):
+        for name in NAMES:
+            for tls in (True, False):
+                was = old.find(name, 443, tls=tls)
+                assert was in {None, new.find(name, 443, tls=tls)}
+                assert not old.allows(name, 443, tls=tls) or may_stay(old, new, name, 443, tls=tls)

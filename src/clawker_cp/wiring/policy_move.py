@@ -1,0 +1,77 @@
+"""Which connections of an agent a change of policy leaves without permission (R13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from clawker_cp.engines.base import AgentNetwork
+from clawker_cp.engines.host.sockets import SocketInfo
+from clawker_cp.firewall.changes import Change
+from clawker_cp.firewall.direct import passes
+from clawker_cp.firewall.hosts import HostTable, equal_in_both, may_stay, takes_nothing
+from clawker_cp.firewall.plan import Policy
+from clawker_cp.telemetry.connections import Live
+
+
+class PolicyMove:
+    """
+    What a change does to the connections of agents that leave `old` for `new`, or stay when both have one number.
+
+    Made once for all of them: to index a policy of 1,000 rules takes longer than to look at an agent's sockets.
+    """
+
+    def __init__(self, old: Policy, new: Policy, change: Change, network: AgentNetwork) -> None:
+        self._old, self._new = HostTable.of(old), HostTable.of(new)
+        self._plan = change.new
+        self._network = network
+        self._ports = listeners(new)
+        self._read = http_listeners(old) & http_listeners(new)
+        self._proxies = {row.port for row in change.old.proxy_ports} | self._ports
+
+    @classmethod
+    def of(cls, before: int, after: int, change: Change, network: AgentNetwork) -> PolicyMove | None:
+        """The move from one policy number to another; None if it takes nothing away, and nobody need look."""
+        old, new = change.old.policies.get(before), change.new.policies.get(after)
+        if old is None or new is None:
+            return None
+        move = cls(old, new, change, network)
+        if before == after and change.old.cidrs == change.new.cidrs and takes_nothing(move._old, move._new):
+            return None
+        return move
+
+    def doomed(self, living: Mapping[int, Live]) -> Callable[[SocketInfo], bool]:
+        """
+        Say which sockets have no permission left: proxied ones by what the proxy last said of them (`living`, by
+        source port) or by their listener, direct ones by their address.
+        """
+        network, ports = self._network, self._ports
+        kept: set[tuple[int, int]] = set()
+        forbidden: set[tuple[int, int]] = set()
+        for source, live in living.items():
+            stays = may_stay(self._old, self._new, live.host, live.port, tls=live.tls)
+            if live.listener not in ports:
+                # A listener of a policy that the agent has left, now or earlier: only what is equal in both stays.
+                stays = stays and equal_in_both(self._old, self._new, live.host, live.port, tls=live.tls)
+            (kept if stays else forbidden).add((source, live.listener))
+
+        def judge(info: SocketInfo) -> bool:
+            if info.destination == network.proxy:
+                here, port = (info.source_port, info.destination_port), info.destination_port
+                if port in ports:
+                    return port in self._read and here in forbidden
+                return port in self._proxies and here not in kept
+            if info.destination in network.served or info.destination.startswith("127.") or ":" in info.destination:
+                return False
+            return not passes(self._plan, self._new.policy.id, info.protocol, info.destination, info.destination_port)
+
+        return judge
+
+
+def http_listeners(policy: Policy) -> set[int]:
+    """Ports on which the proxy reads the name, so that its record decides."""
+    return {policy.egress_port, *(origin.listen for origin in policy.origins if origin.listen)}
+
+
+def listeners(policy: Policy) -> set[int]:
+    """Every proxy port of a policy."""
+    return {*http_listeners(policy), *(target.listen for target in policy.opaque)}
