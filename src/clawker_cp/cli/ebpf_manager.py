@@ -16,7 +16,7 @@ import click
 
 from clawker_cp.cli.ebpf_changes import disable, dns_update, enable, gc_dns, sync_routes
 from clawker_cp.cli.ebpf_looks import dump_errors, dump_flows, dump_metrics, events, resolve, show, verify_programs
-from clawker_cp.cli.main import ErrorsAsLines
+from clawker_cp.cli.groups import ErrorsAsLines
 from clawker_cp.ebpf.pins import Pins
 from clawker_cp.errors import InvalidInput
 

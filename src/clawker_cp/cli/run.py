@@ -34,7 +34,6 @@ from clawker_cp.firewall.shorthand import parse_shorthands
 from clawker_cp.rpc.local_protocol import SANDBOX_GONE, LocalChannel
 from clawker_cp.runtime.runner import run_main
 
-OWN_FAILURE = 125  # ruling R40
 ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 REATTACH_PATIENCE_S = 600.0  # for a command that runs; one that does not yet is not worth that

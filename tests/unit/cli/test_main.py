@@ -1,11 +1,10 @@
-"""The command group answers help and version, and its exit codes tell whose failure it was."""
+"""The command group answers help and version, and a usage error tells whose it was."""
 
 from __future__ import annotations
 
 from click.testing import CliRunner
 
-from clawker_cp.cli.main import cli, exit_code
-from clawker_cp.errors import InvalidInput, Unavailable, Unsupported
+from clawker_cp.cli.main import cli
 
 
 def test_help_lists_the_commands() -> None:
@@ -35,12 +34,3 @@ def test_a_usage_error_elsewhere_is_2() -> None:
     """Other commands keep the usual code for usage errors."""
     assert CliRunner().invoke(cli, ["check", "--no-such-option"]).exit_code == 2
     assert CliRunner().invoke(cli, ["no-such-command"]).exit_code == 2
-
-
-def test_failures_map_to_codes() -> None:
-    """Unsupported hosts are 3, wrong input 2, other failures 1, and everything of `run` 125."""
-    unsupported = Unsupported("x", feature="f", needs="n")
-    assert exit_code(unsupported, "check") == 3
-    assert exit_code(InvalidInput("x"), "serve") == 2
-    assert exit_code(Unavailable("x"), "serve") == 1
-    assert exit_code(unsupported, "run") == 125

@@ -15,15 +15,9 @@ from typing import Any
 import click
 import structlog
 
-from clawker_cp.cli.ctl.agents import agents, bypass, events, explain, flows, quarantine, release, token
-from clawker_cp.cli.ctl.auth import auth
-from clawker_cp.cli.ctl.firewall import firewall
-from clawker_cp.cli.ctl.lifecycle import down, up
-from clawker_cp.cli.ctl.rules import allow, check, deny, rules
-from clawker_cp.cli.ctl.sandboxes import sandbox
 from clawker_cp.cli.ctl.session import Session
-from clawker_cp.cli.ctl.status import status
-from clawker_cp.cli.main import version_text
+from clawker_cp.cli.groups import LazyGroup, show_failure
+from clawker_cp.cli.version import version_text
 from clawker_cp.config import Directories, environment, load_settings
 from clawker_cp.errors import ClawkerError, InvalidInput
 
@@ -40,20 +34,36 @@ Shell completion: eval "$(_CLAWKERCTL_COMPLETE=bash_source clawkerctl)", likewis
 """
 
 
-class Failures(click.Group):
+VERBS = {
+    "agents": "agents bypass events explain flows quarantine release token",
+    "auth": "auth",
+    "firewall": "firewall",
+    "lifecycle": "down up",
+    "rules": "allow check deny rules",
+    "sandboxes": "sandbox",
+    "status": "status",
+}
+LAZY = {verb: f"clawker_cp.cli.ctl.{module}:{verb}" for module, verbs in VERBS.items() for verb in verbs.split()}
+
+
+class Failures(LazyGroup):
     """A group whose verbs may raise `ClawkerError`: one line on standard error, a hint below it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ClawkerError as error:
-            click.echo(f"clawkerctl: {error.message}", err=True)
-            if error.hint:
-                click.echo(f"  hint: {error.hint}", err=True)
+            show_failure("clawkerctl", error)
             ctx.exit(2 if isinstance(error, InvalidInput) else 1)
 
 
-@click.group("clawkerctl", cls=Failures, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "clawkerctl",
+    cls=Failures,
+    help=HELP,
+    lazy={**LAZY, "why": LAZY["explain"]},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--auth-dir", type=click.Path(path_type=Path), help="Auth tree (default: <data>/auth).")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where the control plane listens.")
 @click.option("--admin-port", type=click.IntRange(1, 65535), help="Default: settings.yaml, else 7443.")
@@ -85,14 +95,6 @@ def cli(
         token_port=token_port or ports.hydra_public_port,
         as_json=as_json,
     )
-
-
-for _verb in (
-    status, allow, deny, rules, check, explain, flows, events, agents, bypass, quarantine, release, token, sandbox,
-    firewall, auth, up, down,
-):  # fmt: skip
-    cli.add_command(_verb)
-cli.add_command(explain, "why")
 
 
 def main() -> None:
