@@ -265,21 +265,9 @@ class Judge:
         if shape.rows and agent is not None and not bypassed:
             written = self._written.get(agent.cgroup_id)
             last = None if written is None else written.get(query.key)
-            if last is None or last[0] is not shape or last[1] != verdict.identity or began_ns >= last[2]:
-                try:
-                    self._write(agent.cgroup_id, query.key, shape, verdict.identity)
-                except (ClawkerError, OSError):
-                    self.counts.kernel_refusals += 1
-                    return self._say(
-                        query,
-                        client,
-                        agent,
-                        _Denial("map_write_failed", rule_id=verdict.rule_id),
-                        began_ns,
-                        wire.SERVFAIL,
-                        option=_NO_WRITE,
-                        limit=limit,
-                    )
+            stale = last is None or last[0] is not shape or last[1] != verdict.identity or began_ns >= last[2]
+            if stale and not self._write(agent.cgroup_id, query.key, shape, verdict.identity):
+                return self._unwritten(query, client, agent, verdict, began_ns, limit)
         age_s = (began_ns - known.received_ns) // NS if began_ns > known.received_ns else 0
         reply = build_reply(
             query, known.rcode, shape.body, shape.answers, shape.authority, shape.ttl_offsets, age_s, b"", limit
@@ -290,7 +278,8 @@ class Judge:
         )  # fmt: skip
         return reply
 
-    def _write(self, cgroup_id: int, key: bytes, shape: Shape, identity: int) -> None:
+    def _write(self, cgroup_id: int, key: bytes, shape: Shape, identity: int) -> bool:
+        """Tell the kernel whose addresses these are; False if it does not take them, and nothing may be answered."""
         now_ns = self._clock_ns()
         rows = [
             NameRow(
@@ -300,7 +289,11 @@ class Judge:
             )
             for address, ttl in shape.rows
         ]
-        self._kernel.update_dns(cgroup_id, rows)
+        try:
+            self._kernel.update_dns(cgroup_id, rows)
+        except (ClawkerError, OSError):
+            self.counts.kernel_refusals += 1
+            return False
         self.counts.kernel_writes += 1
         written = self._written.get(cgroup_id)
         if written is None:
@@ -310,6 +303,13 @@ class Judge:
         elif len(written) >= WRITTEN_PER_AGENT:
             written.clear()
         written[key] = (shape, identity, now_ns + ROW_FRESH_NS)
+        return True
+
+    def _unwritten(
+        self, query: Query, client: str, agent: AgentView, verdict: Verdict, began_ns: int, limit: int
+    ) -> bytes:
+        denial = _Denial("map_write_failed", rule_id=verdict.rule_id)
+        return self._say(query, client, agent, denial, began_ns, wire.SERVFAIL, option=_NO_WRITE, limit=limit)
 
     def _own(
         self, query: Query, client: str, agent: AgentView | None, reserved: int, began_ns: int, limit: int
@@ -326,20 +326,8 @@ class Judge:
             verdict = self._policies.decide(agent.policy, query.name)
             if verdict.allowed and verdict.identity:
                 shape = Shape(b"", 0, 0, (), ((kernel_form(address), ROW_MIN_TTL_S),), (), refused=False)
-                try:
-                    self._write(agent.cgroup_id, query.key, shape, verdict.identity)
-                except (ClawkerError, OSError):
-                    self.counts.kernel_refusals += 1
-                    return self._say(
-                        query,
-                        client,
-                        agent,
-                        _Denial("map_write_failed"),
-                        began_ns,
-                        wire.SERVFAIL,
-                        option=_NO_WRITE,
-                        limit=limit,
-                    )
+                if not self._write(agent.cgroup_id, query.key, shape, verdict.identity):
+                    return self._unwritten(query, client, agent, verdict, began_ns, limit)
         body = b"\xc0\x0c" + struct.pack("!HHIH", kind, 1, ROW_MIN_TTL_S, len(address)) + address
         return self._say(
             query, client, agent, INFRASTRUCTURE, began_ns, 0, body=body, answers=1, limit=limit, addresses=(address,)
