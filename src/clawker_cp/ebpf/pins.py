@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,27 +178,19 @@ class Pins:
 
         An agent's row of identity 0 and port 0 counts what had no row of its own.
         """
-        cpus = bpfmap.possible_cpus()
-        opened = self.open("metrics_map")
-        every = bpfmap.BpfMap(os.dup(opened.fd), "metrics_map", opened.key_bytes, 8 * cpus)
-        try:
-            rows = []
-            for key, value in every.items():
-                cgroup_id, identity, port, verdict, reason = bpfmap.unpack_metric_key(key)
-                count = sum(int.from_bytes(value[at : at + 8], "little") for at in range(0, len(value), 8))
-                rows.append(
-                    {
-                        "cgroup_id": cgroup_id,
-                        "identity": identity,
-                        "port": port,
-                        "verdict": VERDICTS.get(verdict, str(verdict)),
-                        "reason": reason,
-                        "count": count,
-                    }
-                )
-        finally:
-            every.close()
-            opened.close()
+        rows = []
+        for key, count in self._counted("metrics_map"):
+            cgroup_id, identity, port, verdict, reason = bpfmap.unpack_metric_key(key)
+            rows.append(
+                {
+                    "cgroup_id": cgroup_id,
+                    "identity": identity,
+                    "port": port,
+                    "verdict": VERDICTS.get(verdict, str(verdict)),
+                    "reason": reason,
+                    "count": count,
+                }
+            )
         return sorted(rows, key=lambda row: -row["count"])
 
     def flows(self) -> list[dict[str, Any]]:
@@ -265,17 +258,19 @@ class Pins:
         """
         Failures of kernel helpers by site and errno, those that happened.
         """
-        opened = self.open("error_map")
-        cpus = bpfmap.possible_cpus()
-        every = bpfmap.BpfMap(os.dup(opened.fd), "error_map", opened.key_bytes, 8 * cpus)
+        found = {}
+        for key, count in self._counted("error_map"):
+            site, number = divmod(int.from_bytes(key, "little"), ERRNOS)
+            if count:
+                found[f"{SITES.get(site, site)}:{errno.errorcode.get(number, number)}"] = count
+        return found
+
+    def _counted(self, name: str) -> list[tuple[bytes, int]]:
+        """The rows of a map that counts on every processor by itself, summed."""
+        opened = self.open(name)
+        every = bpfmap.BpfMap(os.dup(opened.fd), name, opened.key_bytes, 8 * bpfmap.possible_cpus())
         try:
-            found = {}
-            for key, value in every.items():
-                count = sum(int.from_bytes(value[at : at + 8], "little") for at in range(0, len(value), 8))
-                site, number = divmod(int.from_bytes(key, "little"), ERRNOS)
-                if count:
-                    found[f"{SITES.get(site, site)}:{errno.errorcode.get(number, number)}"] = count
+            return [(key, sum(count for (count,) in struct.iter_unpack("=Q", value))) for key, value in every.items()]
         finally:
             every.close()
             opened.close()
-        return found
