@@ -288,7 +288,7 @@ class ControlPlane:
             engine_answers=self._engine.answers,
             behind_gate=problem_of(self._coredns),
             enrolled=self._manager.agents,
-            failures=self._side.failures,
+            side=self._side,
             max_agents=settings.firewall.max_agents,
         )
         self._certificate_keeper = CertificateKeeper(

@@ -149,16 +149,25 @@ for kind, port in sorted(ports):
 
 
 async def test_exposures_are_shown(machine: DockerMachine, served: Served) -> None:
-    """Row 34: what the owner gave away is listed with the agent, and the agent is enforced all the same."""
+    """Row 34: what the owner gave away is listed with the agent and in health; the agent is enforced all the same."""
     container = await start(
         machine, "shop", "exposed",
         host_config={"NetworkMode": NETWORK, "CapAdd": ["SYS_ADMIN"], "Binds": ["/etc:/hostetc"]},
     )  # fmt: skip
     (shown,) = [one for one in await machine.agents() if one["container_id"] == container]
     denied = await status(machine, container, f"http://{EVIL}/")
+    seen: list[str] = []
+
+    async def degraded() -> bool:
+        (agents,) = [one for one in (await machine.told("status"))["components"] if one["name"] == "agents"]
+        seen.append(agents.get("detail", ""))
+        return "exposed by their owner" in seen[-1]
+
+    await until(degraded)
     await machine.docker.client.remove(container, force=True)
 
     assert {"capability:SYS_ADMIN", "mount:/etc"} <= set(shown["exposures"])
+    assert "shop/exposed: capability:SYS_ADMIN" in seen[-1]
     assert denied[0] != 0 or denied[1] == "403"
 
 

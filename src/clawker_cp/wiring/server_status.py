@@ -21,6 +21,7 @@ from clawker_cp.errors import ClawkerError
 from clawker_cp.pki.tree import AuthTree
 from clawker_cp.rpc.control_agents import Status
 from clawker_cp.runtime.health import Health, HealthRegistry
+from clawker_cp.wiring.agent_side import AgentSide
 from clawker_cp.wiring.firewall_control import gate_answers
 from clawker_cp.wiring.health_keeper import Answer, Check, answered
 
@@ -95,7 +96,8 @@ class ServerStatus:
     """
     One per server. `up` says whether the firewall is on, `authority_answers` is the authority's probe,
     `engine_answers` and `behind_gate` are "" or say what is wrong with the engine, and with CoreDNS where it runs;
-    `enrolled` which cgroups the kernel has rows of, `failures` which running agents could not be enrolled, and why.
+    `enrolled` which cgroups the kernel has rows of, `side` which running agents could not be enrolled, and what their
+    owners gave them.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class ServerStatus:
         engine_answers: Callable[[], Awaitable[str]],
         behind_gate: Callable[[], str] | None,
         enrolled: Callable[[], Collection[int]],
-        failures: Callable[[], Mapping[str, str]] = dict,
+        side: AgentSide,
         max_agents: int,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -141,7 +143,7 @@ class ServerStatus:
         self._engine_answers = engine_answers
         self._behind_gate = behind_gate
         self._enrolled = enrolled
-        self._failures = failures
+        self._side = side
         self._max_agents = max_agents
         self._ends: dict[str, float] = {}
         self._wall = wall
@@ -258,11 +260,14 @@ class ServerStatus:
         held = self._enrolled()
         running = list(self._roster)
         missing = [agent.key for agent in running if agent.cgroup_id not in held]
-        if failed := self._failures():
+        if failed := self._side.failures():
             told = "; ".join(f"{one[:12]}: {cause}" for one, cause in sorted(failed.items())[:3])
             return Health.DEGRADED, f"{len(failed)} denied everything, for they could not be enrolled: {told}"
         if missing:
             return Health.DEGRADED, f"denied everything, for they are not enrolled: {', '.join(sorted(missing)[:5])}"
+        if exposed := {agent.key: ways for agent in running if (ways := self._side.exposures(agent.id))}:
+            told = "; ".join(f"{key}: {', '.join(ways[:3])}" for key, ways in sorted(exposed.items())[:3])
+            return Health.DEGRADED, f"{len(exposed)} of {len(running)} exposed by their owner: {told}"
         return Health.OK, f"{len(running)} running"
 
     async def _ask_flows(self) -> Answer:
