@@ -81,7 +81,7 @@ class DockerRing(DirectPaths):
                 log.warning("engines_ring_remade", error=str(error))
                 fresh = "".join(f"add table {table}\ndelete table {table}\n" for table in self._made.tables)
                 await self._nft(fresh + script)
-            self._admitted.clear()
+            self._forget_all()
             self._pinned = pinned
 
     def script(self, living: Sequence[Pin] = (), infrastructure: Sequence[Pin] = ()) -> str:
@@ -97,7 +97,7 @@ class DockerRing(DirectPaths):
         """
         async with self._lock:
             self._pinned.clear()
-            self._admitted.clear()
+            self._forget_all()
             for table in self._made.tables:
                 await run(*in_host(self._host_pid), "nft", "delete", "table", *table.split(), check=False)
 
@@ -115,14 +115,14 @@ class DockerRing(DirectPaths):
                 if other != item and (other.pin.interface == interface or other.pin.address == address)
             ]
             text = "".join(self._take(other) for other in before)
+            lost = {other.pin.address for other in before}
             if self._pinned.get(interface) != item:
-                text += await self._close_paths({address, *(other.pin.address for other in before)})
+                lost.add(address)  # admit after this, not before
+                text += await self._close_paths(lost)
             await self._nft(text + self._made.give(item.pin, infrastructure))
             for other in before:
                 self._pinned.pop(other.pin.interface, None)
-                self._admitted.pop(other.pin.address, None)
-            if self._pinned.get(interface) != item:
-                self._admitted.pop(address, None)  # admit after this, not before
+            self._forget(lost)
             self._pinned[interface] = item
 
     async def unpin(self, interface: str, address: str) -> None:
@@ -136,11 +136,12 @@ class DockerRing(DirectPaths):
             text = ""
             if item is not None and item.pin.address == address:
                 text = self._take(item)
-            if not any(other.pin.address == address and other is not item for other in self._pinned.values()):
+            left = any(other.pin.address == address and other is not item for other in self._pinned.values())
+            if not left:
                 text += await self._close_paths({address})
-                self._admitted.pop(address, None)
             if text:
                 await self._nft(text)
+            self._forget(() if left else {address})
             if item is not None and item.pin.address == address:
                 del self._pinned[interface]
 
@@ -171,21 +172,15 @@ class DockerRing(DirectPaths):
         gone = frozenset(addresses)
         return await self._withdrawn(gone) + "".join(self._end(address) for address in sorted(gone))
 
-    def _end(self, address: str) -> str:
-        # Adding first: an element whose time ended meanwhile is fine.
-        where = f"element {self._inet} everywhere {{ {address} }}"
-        return f"add {where}\ndelete {where}\n"
-
     async def _stale(self, living: Sequence[Pin]) -> str:
         try:
             known = {tuple(bare(item)["concat"]) for item in await self._elements("agent_pins", self._frames)}
-            direct, everywhere = await self._elements("direct"), await self._elements("everywhere")
-            begun = {source_of(item) for table in self._listening for item in await self._elements("listeners", table)}
+            everywhere = {source_of(item) for item in await self._elements("everywhere")}
+            admitted = set[str]().union(*(await self._present()).values())
         except Unavailable:  # no ring yet, or one of another shape: nothing is kept
             return ""
         kept = {pin.address for pin in living if (pin.interface, pin.mac.lower(), pin.address) in known}
-        text = await self._withdrawn(({source_of(item) for item in direct} | begun) - kept)
-        return text + "".join(self._end(address) for address in {source_of(item) for item in everywhere} - kept)
+        return await self._withdrawn(admitted - kept) + "".join(map(self._end, everywhere - kept))
 
     async def _settle_bridge(self) -> None:
         # Frames that a bridge takes for itself (LLDP) pass none of its hooks, and it learns from them: a port

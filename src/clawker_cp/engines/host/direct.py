@@ -37,6 +37,9 @@ class Admitted:
     listeners: frozenset[tuple[int, int]] = frozenset()
 
 
+_Held = dict[tuple[str, str], dict[str, list[str]]]  # table and set -> agent -> elements as nft takes them
+
+
 class DirectPaths:
     """
     The sets `direct`, `listeners`, `everywhere` and `reserved` of the ring in `table`, which its own rules look up.
@@ -50,6 +53,7 @@ class DirectPaths:
         self._listening = tuple(f"{family} {table}" for family in families)
         self._where: tuple[str, ...] = ()  # what goes before every command: a namespace to enter
         self._admitted: dict[str, Admitted] = {}
+        self._held: _Held | None = None
         self._lock = asyncio.Lock()
 
     async def admit(self, address: str, direct: Sequence[Direct], listeners: Iterable[tuple[int, int]] = ()) -> None:
@@ -69,13 +73,22 @@ class DirectPaths:
             changed = {address: one for address, one in changed.items() if self._admitted.get(address) != one}
             if not changed:
                 return
-            text = ""
-            for table, name in (*((table, "listeners") for table in self._listening), (self._inet, "direct")):
-                text += self._delete(name, await self._of(name, table, changed), table)
-                elements = [f"{address} . {item}" for address, one in changed.items() for item in _parts(one, name)]
-                text += f"add element {table} {name} {{ {', '.join(elements)} }}\n" if elements else ""
+            text, held = "", await self._present()
+            come = {
+                (table, name): {
+                    address: [f"{address} . {item}" for item in _parts(one, name)] for address, one in changed.items()
+                }
+                for table, name in held
+            }
+            for (table, name), elements in come.items():
+                text += _said(
+                    "delete", table, name, (item for one in changed for item in held[table, name].get(one, ()))
+                )
+                text += _said("add", table, name, (item for items in elements.values() for item in items))
             if text:
                 await self._nft(text)
+            for place, elements in come.items():
+                held[place] |= elements
             self._admitted |= changed
 
     async def admit_all(self, address: str, seconds: float | None) -> None:
@@ -96,8 +109,7 @@ class DirectPaths:
         """
         End `admit_all` before its time; not admitted is fine.
         """
-        table = f"{self._inet} everywhere"
-        await self._change(f"add element {table} {{ {address} }}\ndelete element {table} {{ {address} }}")
+        await self._change(self._end(address))
 
     async def reserve(self, networks: Iterable[str]) -> None:
         """
@@ -122,31 +134,61 @@ class DirectPaths:
             await self._nft(text + "\n")
 
     async def _nft(self, text: str) -> None:
-        await run(*self._where, "nft", "-f", "-", text=text)
+        try:
+            await run(*self._where, "nft", "-f", "-", text=text)
+        except BaseException:
+            self._held = None  # whether it was applied is not known
+            raise
 
     async def _elements(self, name: str, table: str = "") -> list[Any]:
         where = (table or self._inet).split()
         listed = json.loads(await run(*self._where, "nft", "-j", "list", "set", *where, name))
         return [element for item in listed["nftables"] if "set" in item for element in item["set"].get("elem", ())]
 
-    async def _of(self, name: str, table: str, addresses: Iterable[str]) -> list[Any]:
-        """The elements of a set that belong to these agents."""
-        wanted = frozenset(addresses)
-        return [item for item in await self._elements(name, table) if source_of(item) in wanted]
+    async def _present(self) -> _Held:
+        """What `listeners` and `direct` hold, by agent: read once, then known from what was changed since."""
+        if self._held is None:
+            held: _Held = {}
+            for table, name in (*((table, "listeners") for table in self._listening), (self._inet, "direct")):
+                found = held[table, name] = {}
+                for item in await self._elements(name, table):
+                    found.setdefault(source_of(item), []).append(text_of(item))
+            self._held = held
+        return self._held
 
     async def _withdrawn(self, addresses: Iterable[str]) -> str:
-        """The text that closes everything that agents were admitted to by `admit`, whoever admitted it."""
-        gone = frozenset(addresses)
-        text = self._delete("direct", await self._of("direct", self._inet, gone))
-        for table in self._listening:
-            text += self._delete("listeners", await self._of("listeners", table, gone), table)
-        return text
+        """
+        The text that closes everything that agents were admitted to by `admit`, whoever admitted it; say `_forget`
+        once it is applied.
+        """
+        gone = sorted(frozenset(addresses))
+        held = await self._present()
+        return "".join(
+            _said("delete", table, name, (item for address in gone for item in elements.get(address, ())))
+            for (table, name), elements in held.items()
+        )
 
-    def _delete(self, name: str, elements: Sequence[Any], table: str = "") -> str:
-        if not elements:
-            return ""
-        where = f"{table or self._inet} {name}"
-        return f"delete element {where} {{ {', '.join(text_of(item) for item in elements)} }}\n"
+    def _end(self, address: str) -> str:
+        # Adding first: an element whose time ended meanwhile is fine.
+        where = f"element {self._inet} everywhere {{ {address} }}"
+        return f"add {where}\ndelete {where}\n"
+
+    def _forget(self, addresses: Iterable[str]) -> None:
+        """Nothing is admitted for these any more."""
+        for address in addresses:
+            self._admitted.pop(address, None)
+            for elements in (self._held or {}).values():
+                elements.pop(address, None)
+
+    def _forget_all(self) -> None:
+        """What is admitted is not known any more."""
+        self._admitted.clear()
+        self._held = None
+
+
+def _said(verb: str, table: str, name: str, elements: Iterable[str]) -> str:
+    items = ", ".join(elements)
+    return f"{verb} element {table} {name} {{ {items} }}\n" if items else ""
 
 
 def disjoint(direct: Iterable[Direct]) -> list[Direct]:

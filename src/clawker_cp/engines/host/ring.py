@@ -82,12 +82,13 @@ class HostRing(DirectPaths):
                 # transaction: there is no moment without a ring.
                 log.warning("engines_ring_remade", error=str(error))
                 await self._nft(fresh + script)
-                self._admitted.clear()
+            self._forget_all()
             living = {address for _interface, address in sandboxes}
-            for name in ("direct", "listeners", "everywhere"):
-                gone = [item for item in await self._elements(name) if source_of(item) not in living]
-                if gone:
-                    await self._nft(self._delete(name, gone))
+            held = await self._present()
+            listed = {source_of(item) for item in await self._elements("everywhere")}
+            if gone := listed.union(*held.values()) - living:
+                await self._nft(await self._withdrawn(gone) + "".join(map(self._end, gone)))
+                self._forget(gone)
         if not forwarding():
             set_forwarding(on=True)
 
@@ -114,13 +115,10 @@ class HostRing(DirectPaths):
         """
         Take back everything a sandbox was given; what is gone already is fine.
         """
-        self._admitted.pop(address, None)
         pin = f"element {self._frames} pins {{ {_pin(interface, address)} }}"
         async with self._lock:
-            text = f"add {pin}\ndelete {pin}\n"
-            for name in ("direct", "listeners", "everywhere"):
-                text += self._delete(name, [item for item in await self._elements(name) if source_of(item) == address])
-            await self._nft(text)
+            await self._nft(f"add {pin}\ndelete {pin}\n{await self._withdrawn({address})}{self._end(address)}")
+            self._forget({address})
 
     def _refused(self, reason: str, what: str = "") -> str:
         # What is one agent's noise must not hide another's: the budget of records is per interface.
