@@ -151,6 +151,17 @@ def rekey_cidrs(rows: Mapping[bytes, bytes], generation: int) -> Rows:
     return {key[:4] + head + key[8:]: value for key, value in rows.items()}
 
 
+def under(table: Table, generation: int) -> Table:
+    """
+    A whole table under another generation.
+    """
+    return Table(
+        rekey_routes(table.routes, generation),
+        rekey_cidrs(table.cidrs, generation),
+        rekey_routes(table.ports, generation),
+    )
+
+
 def new(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
     """
     Rows that are not in `old`, or not with that value.
