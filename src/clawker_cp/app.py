@@ -148,7 +148,7 @@ class ControlPlane:
             firewall / "envoy.pid",
             options.log,
         )
-        self._envoy = EnvoyStack(options, process, self._authority)
+        self._envoy = EnvoyStack(options, process, self._authority, binary=settings.envoy.binary)
         self._access_log = AccessLogTail(options.access_log, self._envoy.admin)
         self._enforcement = Enforcement(
             self._manager,

@@ -166,7 +166,7 @@ class Manager:
         parent, inside another agent), or that is none of an agent (the root, above the parent, our own).
         """
         if self._ring is None:
-            raise Unavailable("the kernel side is not loaded")
+            raise Unavailable("the kernel side is not loaded", code="ENFORCEMENT_UNAVAILABLE")
         return self._attachments.attach(cgroup)
 
     def detach(self, cgroup_id: int) -> None:

@@ -55,6 +55,8 @@ class Proxy(Protocol):
 
     @property
     def running(self) -> bool: ...
+    @property
+    def lost(self) -> str: ...
     async def stop(self) -> None: ...
     async def supervise(self) -> None: ...
     async def is_healthy(self) -> bool: ...
@@ -172,6 +174,7 @@ class FirewallControl:
     async def init(self, *, limit_s: float) -> FirewallAddresses:
         async def act() -> None:
             if self.up:
+                self._require_proxy()
                 return
             try:
                 await self.bring_up()
@@ -271,6 +274,13 @@ class FirewallControl:
         return sorted({str(item[4][0]) for item in found}, key=_order)
 
     # -- inner -------------------------------------------------------------------------------
+
+    def _require_proxy(self) -> None:
+        if self._proxy.lost:
+            raise ClawkerError(
+                f"Envoy ended and could not be brought back: {self._proxy.lost}", code="ENVOY_RESTART",
+                hint="it is tried again every few seconds, and nothing is opened meanwhile",
+            )  # fmt: skip
 
     async def _take_down(self) -> None:
         names = list(await self._running())

@@ -52,6 +52,7 @@ class Host:
         self.enrolled = 0
         self.mender = Mender()
         self.unsupported = ""
+        self.lost = ""
         self.control = FirewallControl(
             self, self, self, self, RuleBook(self), self,
             load=self._load, running=self._running_names, gate_answers=self._answers,
@@ -202,6 +203,18 @@ async def test_a_host_that_cannot_enforce_now_is_no_end() -> None:
     assert (refused.value.code, refused.value.hint) == ("ENFORCEMENT_UNAVAILABLE", "mount it")
     assert not host.control.up
     host.unsupported = ""
+    assert await host.control.init(limit_s=5) == ADDRESSES
+
+
+async def test_up_again_says_that_the_proxy_is_lost() -> None:
+    """While a proxy that ended cannot be brought back, turning the firewall on is no success; then it is again."""
+    host = Host()
+    await host.control.init(limit_s=5)
+    host.lost = "Envoy ended at start: no such file"
+    with pytest.raises(ClawkerError, match="no such file") as refused:
+        await host.control.init(limit_s=5)
+    assert refused.value.code == "ENVOY_RESTART" and host.control.up
+    host.lost = ""
     assert await host.control.init(limit_s=5) == ADDRESSES
 
 
