@@ -108,7 +108,7 @@ class Manager:
             loaded = self._attachments.first_object(place)
         for name, (key_bytes, value_bytes) in bpfmap.SIZES.items():
             self._maps[name] = loaded.map(name, key_bytes, value_bytes)
-        self._names = LearntNames(self._maps["dns_cache"])
+        self._names = LearntNames(self._maps["dns_cache"], lambda: routes.identities(self._table))
         self._adopt_control(adopted=adopted)
         self._attachments.adopt(parent, place)
         self._ring = bpfmap.RingBuffer(self._maps["events"].fd)
