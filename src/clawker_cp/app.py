@@ -121,8 +121,7 @@ class ControlPlane:
         self._ephemeral = ephemeral
         self._done = asyncio.Event()
         self._exit_code = 0
-        firewall = directories.firewall
-        logs = log_dir or directories.logs
+        firewall, logs = directories.firewall, log_dir or directories.logs
 
         self._manager = Manager(Path(settings.firewall.pin_dir), max_agents=settings.firewall.max_agents)
         self._engine = engine
@@ -135,7 +134,7 @@ class ControlPlane:
         self._roster = Roster(tell_agent(self._events))
         self._connections = Connections()
         self._authority = InspectionAuthority(firewall / "certs")
-        options = EnvoyOptions(
+        self._options = options = EnvoyOptions(
             directory=firewall / "envoy",
             proxy_addr=network.proxy,
             roots=find_roots(settings.envoy.trusted_ca),
@@ -143,14 +142,13 @@ class ControlPlane:
             concurrency=settings.envoy.concurrency,
             http3=settings.envoy.http3,
         )
-        self._options = options
         process = LastingProcess(
             "envoy",
             envoy_command(find_binary(settings.envoy.binary), options),
             firewall / "envoy.pid",
             options.log,
         )
-        self._envoy = EnvoyStack(options, process, self._authority)
+        self._envoy = EnvoyStack(options, process, self._authority, binary=settings.envoy.binary)
         self._access_log = AccessLogTail(options.access_log, self._envoy.admin)
         self._enforcement = Enforcement(
             self._manager,
@@ -287,6 +285,7 @@ class ControlPlane:
             authority_answers=self._surface.tokens.answers,
             engine_answers=self._engine.answers,
             behind_gate=problem_of(self._coredns),
+            unjudged=self._firewall.guard.fault,
             enrolled=self._manager.agents,
             side=self._side,
             max_agents=settings.firewall.max_agents,
@@ -301,7 +300,7 @@ class ControlPlane:
         self._emptiness = DrainToZero(
             self._side.running, self._nothing_left, watcher_options(settings.drain), self._health
         )
-        self._keeper = HealthKeeper(self._health, self._emptiness.guard(self._status.checks()))
+        self._keeper = HealthKeeper(self._health, self._emptiness.guard(self._status.checks()), tell=self._surface.tell)
 
     def _servicers(self) -> tuple[object, object, object]:
         """AdminService, ControlService and AgentService over the domain handlers."""
@@ -430,6 +429,7 @@ class ControlPlane:
         """Start what runs beside serving; all but the reconciler are retried when they fail."""
         parts: list[tuple[str, Callable[[], Awaitable[None]], str]] = [
             ("envoy", self._firewall.supervise_proxy, "new proxied connections are refused"),
+            ("links", self._firewall.guard.run, "links that somebody takes away stay away"),
             ("kernel_events", self._reports.poll_kernel, "kernel decisions are not recorded"),
             ("flows", self._flows.run, "flow records on disk"),
             ("access_log", partial(self._access_log.run, self._reports.proxy), "proxy decisions are not recorded"),

@@ -133,13 +133,24 @@ int shim_get(const char *path)
 	return bpf_obj_get(path);
 }
 
-int shim_link_cgroup(int link_fd, uint64_t *cgroup_id)
+int shim_link_info(int link_fd, uint64_t *cgroup_id, uint32_t *program_id)
 {
 	struct bpf_link_info info = { 0 };
 	uint32_t size = sizeof(info);
 	int rc = bpf_obj_get_info_by_fd(link_fd, &info, &size);
 
 	*cgroup_id = info.cgroup.cgroup_id;
+	*program_id = info.prog_id;
+	return rc;
+}
+
+int shim_program_id(int program_fd, uint32_t *program_id)
+{
+	struct bpf_prog_info info = { 0 };
+	uint32_t size = sizeof(info);
+	int rc = bpf_obj_get_info_by_fd(program_fd, &info, &size);
+
+	*program_id = info.id;
 	return rc;
 }
 

@@ -40,8 +40,9 @@ int shim_attach(int program_fd, int cgroup_fd, uint32_t type);
 int shim_replace(int link_fd, int program_fd);
 int shim_pin(int fd, const char *path);
 int shim_get(const char *path);
-/* 0: the cgroup is gone and so is what held its programs, its last socket. */
-int shim_link_cgroup(int link_fd, uint64_t *cgroup_id);
+/* Cgroup 0: it is gone and so is what held its programs, its last socket; or the link was detached. */
+int shim_link_info(int link_fd, uint64_t *cgroup_id, uint32_t *program_id);
+int shim_program_id(int program_fd, uint32_t *program_id);
 
 int shim_update(int map, const void *key, const void *value, uint64_t flags);
 int shim_lookup(int map, const void *key, void *value);

@@ -31,7 +31,8 @@ cdef extern from "bpf_shim.h" nogil:
     int shim_program_fd(bpf_object *object, const char *name)
     int shim_attach(int program_fd, int cgroup_fd, uint32_t type)
     int shim_replace(int link_fd, int program_fd)
-    int shim_link_cgroup(int link_fd, uint64_t *cgroup_id)
+    int shim_link_info(int link_fd, uint64_t *cgroup_id, uint32_t *program_id)
+    int shim_program_id(int program_fd, uint32_t *program_id)
     int shim_pin(int fd, const char *path)
     int shim_get(const char *path)
     int shim_update(int map, const void *key, const void *value, uint64_t flags)
@@ -292,11 +293,18 @@ def open_pinned(str path) -> int:
     return check(shim_get(c_path), f"open {path}")
 
 
-def link_cgroup(int link_fd) -> int:
-    """Id of the cgroup a link is attached to; 0 once the kernel let go of it."""
+def link_info(int link_fd) -> tuple[int, int]:
+    """Ids of the cgroup a link is attached to, 0 once the kernel let go of it, and of its program."""
     cdef uint64_t cgroup_id = 0
-    check(shim_link_cgroup(link_fd, &cgroup_id), "look at a link")
-    return cgroup_id
+    cdef uint32_t program = 0
+    check(shim_link_info(link_fd, &cgroup_id, &program), "look at a link")
+    return cgroup_id, program
+
+
+def program_id(int program_fd) -> int:
+    cdef uint32_t program = 0
+    check(shim_program_id(program_fd, &program), "look at a program")
+    return program
 
 
 def run_program(int program_fd, bytes context) -> tuple[int, bytes]:

@@ -7,11 +7,15 @@ What runs is the engine's to know; this is the durable history of it. Synchronou
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+
+import orjson
 
 from clawker_cp.agents.database import Database
 
 KEPT = 1024  # ended sandboxes; older ones are dropped
+UNKNOWN_END = 137  # of a sandbox that ended while nobody watched
 
 
 class SandboxState(enum.IntEnum):
@@ -79,6 +83,31 @@ class SandboxRows:
             "(SELECT id FROM sandboxes WHERE state = ? ORDER BY finished_at DESC, id LIMIT ?)",
             (SandboxState.EXITED, SandboxState.EXITED, KEPT),
         )
+
+    def forget_at_end(self, sandbox_id: str) -> None:
+        """
+        Note that a sandbox is being removed: whoever finds it ended forgets it, also after a kill.
+        """
+        with self._database.transaction():
+            row = self.get(sandbox_id)
+            if row is not None:
+                spec = orjson.loads(row.spec)
+                spec["extra"] = {**spec.get("extra", {}), "auto_remove": True}
+                self.put(replace(row, spec=orjson.dumps(spec).decode()))
+
+    def settle(self, living: Collection[str], at_unix: int) -> None:
+        """
+        Bring the rows to what became of sandboxes while no server ran: those that do not live have ended.
+
+        Forgotten are those that were never started, were being removed, or go with their end.
+        """
+        for row in self.all():
+            if row.id in living:
+                continue
+            if row.state is SandboxState.CREATED or orjson.loads(row.spec).get("extra", {}).get("auto_remove"):
+                self.remove(row.id)
+            elif row.state is not SandboxState.EXITED:
+                self.finished(row.id, at_unix, UNKNOWN_END)
 
     def remove(self, sandbox_id: str) -> bool:
         """

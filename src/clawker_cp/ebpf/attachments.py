@@ -4,6 +4,7 @@ Which cgroups the programs are linked to: the agents' parent, and containers tha
 A container brings programs of its own, loaded for its level. A link is only ever given a new
 program; its pin goes when the kernel has let go of the cgroup, which the last socket holds. Until
 then a dead agent's sockets are still judged, also those that it handed to others or left sending.
+What somebody else takes away is linked again by `mend`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf.kernel_cgroups import KernelCgroups, Place
-from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
+from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, NotFound, Unavailable
 
 log = structlog.get_logger()
 
@@ -60,7 +62,7 @@ class Attachments:
         self._objects: dict[int, bpfmap.BpfObject] = {}
         self._parent: Place | None = None
         self._parent_path: Path | None = None
-        self._attached: set[int] = set()
+        self._attached: dict[int, str] = {}  # and where each is, as far as it is known
         self._leaving: set[int] = set()
         self._lock = threading.Lock()
         self._loading = threading.Lock()  # takes a second for a new level: nobody else waits for that
@@ -120,7 +122,7 @@ class Attachments:
                     f"cgroup {cgroup_id} still has processes", hint="stop the container first; it stays attached"
                 )
             if cgroup_id in self._attached:
-                self._attached.discard(cgroup_id)
+                del self._attached[cgroup_id]
                 self._leaving.add(cgroup_id)
             self._sweep()
 
@@ -159,16 +161,41 @@ class Attachments:
                 found.append(_known_path(directory) or f"cgroup {directory.name}")
         return found
 
+    def faults(self) -> list[str]:
+        """
+        A line for each living cgroup that somebody took links from: which programs do not judge it now.
+        """
+        with self._lock:
+            return [fault for fault, _ in self._broken()]
+
+    def mend(self) -> tuple[list[str], list[str]]:
+        """
+        Link again what somebody took away; returns the faults that were mended, and those left with their cause.
+        """
+        mended, left = [], []
+        with self._lock:
+            for fault, again in self._broken():
+                try:
+                    for directory in (self._links.parent, self._links):
+                        directory.mkdir(mode=0o700, exist_ok=True)
+                    again()
+                except (ClawkerError, OSError) as error:
+                    left.append(f"{fault}: {error}")
+                else:
+                    mended.append(fault)
+        return mended, left
+
     def close(self) -> None:
         """
         Give the programs back; links stay pinned. Safe to call twice.
         """
-        for loaded in self._objects.values():
-            loaded.close()
-        self._objects.clear()
-        self._parent = self._parent_path = None
-        self._attached.clear()
-        self._leaving.clear()
+        with self._lock:
+            for loaded in self._objects.values():
+                loaded.close()
+            self._objects.clear()
+            self._parent = self._parent_path = None
+            self._attached.clear()
+            self._leaving.clear()
 
     # -- inner --------------------------------------------------------------------------------
 
@@ -198,7 +225,7 @@ class Attachments:
             raise Conflict(f"{cgroup} is above the agents' parent: it is no container")
         if own is not None and place.id in own.line:
             raise Conflict(f"the control plane itself runs in {cgroup}")
-        around = (self._attached | self._leaving) & set(place.line[:-1])
+        around = (self._attached.keys() | self._leaving) & set(place.line[:-1])
         if around:
             raise Conflict(f"{cgroup} is inside the agent of cgroup {max(around)}, and judged as that one")
         return True
@@ -207,12 +234,15 @@ class Attachments:
         directory = self._links / str(cgroup_id)
         if cgroup_id in self._attached and all((directory / name).exists() for name, _ in ATTACH):
             return False
+        self._link_to(directory, loaded, descriptor, cgroup)
+        self._leaving.discard(cgroup_id)
+        self._attached[cgroup_id] = str(cgroup)
+        return True
+
+    def _link_to(self, directory: Path, loaded: bpfmap.BpfObject, descriptor: int, cgroup: Path) -> None:
         directory.mkdir(mode=0o700, exist_ok=True)
         _remember_path(directory, cgroup)
-        self._link_all(directory, loaded, descriptor, cgroup_id)
-        self._leaving.discard(cgroup_id)
-        self._attached.add(cgroup_id)
-        return True
+        self._link_all(directory, loaded, descriptor, os.fstat(descriptor).st_ino)
 
     def _link_all(self, directory: Path, loaded: bpfmap.BpfObject, descriptor: int, cgroup_id: int) -> None:
         for name, attach_type in ATTACH:
@@ -270,20 +300,63 @@ class Attachments:
             return
         loaded = self._object(place.level)
         given = [_give_program(directory / name, loaded.program_fd(name), cgroup_id) for name, _ in ATTACH]
-        if all(given) or self._finish(directory, loaded, cgroup_id):
-            self._attached.add(cgroup_id)
-
-    def _finish(self, directory: Path, loaded: bpfmap.BpfObject, cgroup_id: int) -> bool:
-        """Link what an interrupted attachment left out; False when its path is not that cgroup's from here."""
         path = _known_path(directory)
         try:
-            with _opened(Path(path or "/nonexistent")) as descriptor:
-                if os.fstat(descriptor).st_ino == cgroup_id:
-                    self._link_all(directory, loaded, descriptor, cgroup_id)
-                    return True
-        except (NotFound, InvalidInput, Unavailable, OSError) as error:
+            if not all(given):  # an attachment that was interrupted
+                self._finish(cgroup_id, path)
+        except (ClawkerError, OSError) as error:
             log.warning("cgroup_half_attached", cgroup_id=cgroup_id, path=path, cause=str(error))
-        return False
+            return
+        self._attached[cgroup_id] = path
+
+    def _finish(self, cgroup_id: int, path: str) -> None:
+        """Link what a container lacks; raises `NotFound` when its path is not that cgroup's from here."""
+        place = self._cgroups.find(cgroup_id)
+        with _opened(Path(path or "/nonexistent")) as descriptor:
+            if place is None or os.fstat(descriptor).st_ino != cgroup_id:
+                raise NotFound(f"{path} is another cgroup now")
+            self._link_to(self._links / str(cgroup_id), self._object(place.level), descriptor, Path(path))
+
+    def _broken(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is wrong with each cgroup that lost links, and what links it again."""
+        parent, path = self._parent, self._parent_path
+        if parent is not None and path is not None:
+            # One that was removed and made again is another cgroup at the same place.
+            lost = self._lost(self._links, parent.level + 1, path.stat().st_ino if path.is_dir() else 0)
+            if lost:
+                yield f"the agents' parent {path} is not judged by {lost}", partial(self._relink_parent, path)
+        elif parent is not None and self._cgroups.find(parent.id) is not None:
+            lost = self._lost(self._links, parent.level + 1, parent.id)
+            if lost:
+                yield f"the agents' earlier parent, cgroup {parent.id}, is not judged by {lost}", _cannot_relink
+        for cgroup_id, known in list(self._attached.items()):
+            place = self._cgroups.find(cgroup_id)
+            directory = self._links / str(cgroup_id)
+            if place is not None and (lost := self._lost(directory, place.level, cgroup_id)):
+                yield (
+                    f"{known or f'cgroup {cgroup_id}'} is not judged by {lost}",
+                    partial(self._finish, cgroup_id, known),
+                )
+
+    def _lost(self, directory: Path, level: int, cgroup_id: int) -> str:
+        """Which programs for agents at a level are not linked to a cgroup through these pins; "" if all are."""
+        loaded, lost = self._object(level), []
+        for name, _ in ATTACH:
+            try:
+                if _link_of(directory / name) == (cgroup_id, bpfmap.program_id(loaded.program_fd(name))):
+                    continue
+            except OSError:
+                pass  # something else is there, or we cannot look: what is not seen to judge does not
+            lost.append(name)
+        return f"{lost[0]} and {len(lost) - 1} more" if len(lost) > 1 else "".join(lost)
+
+    def _relink_parent(self, path: Path) -> None:
+        with _opened(path) as descriptor:
+            place = self._cgroups.find(os.fstat(descriptor).st_ino)
+            if place is None:
+                raise NotFound(f"the kernel has no cgroup {path} any more")
+            self._link_all(self._links, self._object(place.level + 1), descriptor, place.id)
+        self._parent = place
 
     def _sweep(self) -> None:
         for cgroup_id in list(self._leaving):
@@ -325,7 +398,7 @@ def _give_program(pinned: Path, program: int, cgroup_id: int) -> bool:
     except FileNotFoundError:
         return False
     try:
-        if bpfmap.link_cgroup(link) == cgroup_id:
+        if bpfmap.link_info(link)[0] == cgroup_id:
             bpfmap.replace(link, program)
             return True
     except OSError as error:
@@ -339,14 +412,23 @@ def _give_program(pinned: Path, program: int, cgroup_id: int) -> bool:
 
 def _linked_to(pinned: Path) -> int:
     """The id of the cgroup a pinned link enforces on; 0: nothing is pinned, or the kernel let go."""
+    return _link_of(pinned)[0]
+
+
+def _link_of(pinned: Path) -> tuple[int, int]:
+    """The ids of a pinned link's cgroup and program; zeros: nothing is pinned there."""
     try:
         link = bpfmap.open_pinned(str(pinned))
     except FileNotFoundError:
-        return 0
+        return 0, 0
     try:
-        return bpfmap.link_cgroup(link)
+        return bpfmap.link_info(link)
     finally:
         os.close(link)
+
+
+def _cannot_relink() -> None:
+    raise Unavailable("its path is not known here; name it in host.cgroup_parent and restart the control plane")
 
 
 def _remember_path(directory: Path, cgroup: Path) -> None:

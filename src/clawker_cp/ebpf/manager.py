@@ -24,6 +24,7 @@ from clawker_cp.ebpf import routes
 from clawker_cp.ebpf.attachments import Attachments
 from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRowLike, mapped_prefix
 from clawker_cp.ebpf.kernel_cgroups import KernelCgroups, Place
+from clawker_cp.ebpf.mending import Mender
 from clawker_cp.ebpf.names import LearntNames
 from clawker_cp.errors import CapacityExceeded, Conflict, InvalidInput, Unavailable, Unsupported
 
@@ -71,6 +72,7 @@ class Manager:
         self._cgroups = KernelCgroups()
         self._attachments = Attachments(pin_dir / LINKS_DIR, self._load_object, self._cgroups)
         self._maps: dict[str, bpfmap.BpfMap] = {}
+        self.mender = Mender(pin_dir, self._attachments, self._maps)
         self._ring: bpfmap.RingBuffer | None = None
         self._generation = 0
         self._table = routes.Table()
@@ -106,7 +108,7 @@ class Manager:
             loaded = self._attachments.first_object(place)
         for name, (key_bytes, value_bytes) in bpfmap.SIZES.items():
             self._maps[name] = loaded.map(name, key_bytes, value_bytes)
-        self._names = LearntNames(self._maps["dns_cache"])
+        self._names = LearntNames(self._maps["dns_cache"], lambda: routes.identities(self._table))
         self._adopt_control(adopted=adopted)
         self._attachments.adopt(parent, place)
         self._ring = bpfmap.RingBuffer(self._maps["events"].fd)
@@ -126,9 +128,10 @@ class Manager:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
-        for opened in self._maps.values():
-            opened.close()
-        self._maps.clear()
+        with self.mender.paused():
+            for opened in self._maps.values():
+                opened.close()
+            self._maps.clear()
         self._attachments.close()
         self._cgroups.close()
         # What was mirrored of the maps counts for those maps only: a later `load` finds out anew.
@@ -163,7 +166,7 @@ class Manager:
         parent, inside another agent), or that is none of an agent (the root, above the parent, our own).
         """
         if self._ring is None:
-            raise Unavailable("the kernel side is not loaded")
+            raise Unavailable("the kernel side is not loaded", code="ENFORCEMENT_UNAVAILABLE")
         return self._attachments.attach(cgroup)
 
     def detach(self, cgroup_id: int) -> None:
@@ -473,15 +476,8 @@ class Manager:
         self._maps["route_map"].put_many(*routes.join(routes.rekey_routes(wanted.routes, following)))
         self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(following, 1, self._budgets, 0))
         # Programs that read the old word may still be looking rows up: they keep a second.
-        self._stale = (time.monotonic() + OLD_GENERATION_S, self._under(self._table, self._generation))
+        self._stale = (time.monotonic() + OLD_GENERATION_S, routes.under(self._table, self._generation))
         self._generation = following
-
-    def _under(self, table: routes.Table, generation: int) -> routes.Table:
-        return routes.Table(
-            routes.rekey_routes(table.routes, generation),
-            routes.rekey_cidrs(table.cidrs, generation),
-            routes.rekey_routes(table.ports, generation),
-        )
 
     def _drop_stale(self) -> None:
         if self._stale is None:

@@ -5,7 +5,7 @@ The addresses that agents were told, as the kernel has them: rows of `dns_cache`
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf.config import NameRowLike, unmapped
@@ -14,15 +14,17 @@ from clawker_cp.errors import CapacityExceeded
 NAMES_PER_AGENT = 4096
 NAMES_PER_ADDRESS = 4
 FROM_DNS = 2  # a row's source
+FIRST_OF_NAMES = 256  # smaller identities stand for no single name
 
 _Rows = dict[bytes, tuple[tuple[int, ...], int]]  # address -> (identities, expires_ns)
 
 
 class LearntNames:
-    """Writes one map; the mirror counts for that map only."""
+    """Writes one map; the mirror counts for that map only. `routed` gives the identities that lead anywhere."""
 
-    def __init__(self, cache: bpfmap.BpfMap) -> None:
+    def __init__(self, cache: bpfmap.BpfMap, routed: Callable[[], Collection[int]]) -> None:
         self._cache = cache
+        self._routed = routed
         self._agents: dict[int, _Rows] = {}
 
     def __len__(self) -> int:
@@ -47,6 +49,10 @@ class LearntNames:
             known, expires = changes.get(row.addr) or rows.get(row.addr) or ((), 0)
             if expires and expires < now:
                 known, expires = (), 0
+            if len(known) >= NAMES_PER_ADDRESS and row.identity not in known:
+                # A name that left the rules and came back has another number: the old one leads nowhere.
+                routed = self._routed()
+                known = tuple(i for i in known if i < FIRST_OF_NAMES or i in routed)
             if row.identity in known:
                 identities = (row.identity, *(i for i in known if i != row.identity))
             elif len(known) >= NAMES_PER_ADDRESS:

@@ -151,6 +151,24 @@ def rekey_cidrs(rows: Mapping[bytes, bytes], generation: int) -> Rows:
     return {key[:4] + head + key[8:]: value for key, value in rows.items()}
 
 
+def identities(table: Table) -> set[int]:
+    """
+    The identities that have a row for any port of any policy.
+    """
+    return {bpfmap.unpack_route_key(key)[2] for key in table.routes}
+
+
+def under(table: Table, generation: int) -> Table:
+    """
+    A whole table under another generation.
+    """
+    return Table(
+        rekey_routes(table.routes, generation),
+        rekey_cidrs(table.cidrs, generation),
+        rekey_routes(table.ports, generation),
+    )
+
+
 def new(old: Mapping[bytes, bytes], wanted: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
     """
     Rows that are not in `old`, or not with that value.

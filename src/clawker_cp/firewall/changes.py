@@ -172,7 +172,14 @@ def refusal(problems: list[Problem]) -> ClawkerError:
 
 
 def stored_not_live(failure: BaseException) -> ClawkerError:
-    code = "STACK_UNHEALTHY" if isinstance(failure, ClawkerError) and failure.code != "ROUTE_SYNC" else "ROUTE_SYNC"
+    """
+    The error of a change that cannot be taken back any more and is not enforced yet.
+
+    A configuration that could not be written and maps that could not are told as such; the rest is the proxy's.
+    """
+    code = failure.code if isinstance(failure, ClawkerError) else "ROUTE_SYNC"
+    if code not in {"ROUTE_SYNC", "CONFIG_REGEN"}:
+        code = "STACK_UNHEALTHY"
     return Unavailable(
         f"the change is accepted and stored but not in force yet: {failure}",
         code=code,

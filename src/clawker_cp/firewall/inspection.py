@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
 import structlog
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -108,6 +109,10 @@ class InspectionAuthority:
     def _cross_path(self) -> Path:
         return self._directory / "ca-cross.pem"
 
+    @property
+    def _pending_path(self) -> Path:
+        return self._directory / "ca-pending.json"
+
     def open(self) -> None:
         """
         Load and verify the CA, or make it; call again to take over changes on disk.
@@ -117,6 +122,7 @@ class InspectionAuthority:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._directory.chmod(0o700)
         self._minted.clear()
+        self._finish_keeping()
         if not self.certificate_path.exists() and not self._key_path.exists():
             self._keep(*self._new_ca())
         else:
@@ -146,8 +152,6 @@ class InspectionAuthority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(old.key.public_key()), critical=False)
             .sign(old.key, hashes.SHA256())
         )
-        # The cross-certificate first: alone it is recognised as not belonging and left out.
-        write_durably(self._cross_path, _pem(cross).encode(), 0o644)
         self._keep(certificate, key, cross)
         self._minted.clear()
         log.info("ca_rotated", path=str(self.certificate_path))
@@ -236,9 +240,26 @@ class InspectionAuthority:
     def _keep(
         self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, cross: x509.Certificate | None = None
     ) -> None:
-        write_durably(self._key_path, _key_pem(key).encode(), 0o600)
-        write_durably(self.certificate_path, _pem(certificate).encode(), 0o644)
+        kept = {self._key_path.name: _key_pem(key), self.certificate_path.name: _pem(certificate)}
+        if cross is not None:
+            kept[self._cross_path.name] = _pem(cross)
+        try:
+            # All of it in one file first: a crash between the others is finished by the next `open`.
+            write_durably(self._pending_path, orjson.dumps(kept), 0o600)
+            self._finish_keeping()
+        except OSError as error:
+            raise ClawkerError(f"{self.certificate_path} could not be written: {error}", code="CERT_REGEN") from error
         self._authority = _Authority(certificate, key, cross)
+
+    def _finish_keeping(self) -> None:
+        """Put what `_keep` began into its files, if there is anything."""
+        try:
+            pending = orjson.loads(self._pending_path.read_bytes())
+        except FileNotFoundError:
+            return
+        for name, pem in pending.items():
+            write_durably(self._directory / name, pem.encode(), 0o600 if name == self._key_path.name else 0o644)
+        self._pending_path.unlink()
 
     def _new_ca(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         key = ec.generate_private_key(ec.SECP256R1())

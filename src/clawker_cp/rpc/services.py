@@ -47,7 +47,8 @@ class HealthService:
     """
     grpc.health.v1 for the services of one listener: unknown until `serve`, NOT_SERVING from `leave` on.
 
-    Calling the instance registers it. `Watch` streams end with the listener.
+    The server as a whole, the name "", serves only while nothing critical has failed. Calling the instance registers
+    it. `Watch` streams end with the listener.
     """
 
     def __init__(self, services: Sequence[str]) -> None:
@@ -63,6 +64,12 @@ class HealthService:
         """
         for name in self._names:
             await self._servicer.set(name, HealthCheckResponse.SERVING)
+
+    async def tell(self, *, healthy: bool) -> None:
+        """
+        Say how the server as a whole is; too late after `leave`.
+        """
+        await self._servicer.set("", HealthCheckResponse.SERVING if healthy else HealthCheckResponse.NOT_SERVING)
 
     async def leave(self) -> None:
         """

@@ -243,6 +243,13 @@ class ControlSurface:
         log.error("grpc_serve_panic" if name in {"admin", "agents"} else "cp_serve_failed", listener=name, cause=cause)
         self._lost.put_nowait(Unavailable(f"the {name} listener is lost: {cause}"))
 
+    async def tell(self, failed: str) -> None:
+        """
+        Let gRPC health say of both listeners whether a critical component has failed.
+        """
+        for _, health in self._listeners:
+            await health.tell(healthy=not failed)
+
     async def close(self) -> None:
         """
         Take no new calls, finish those in flight within a bound, stop listening. Fine to call again.

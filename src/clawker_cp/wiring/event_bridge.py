@@ -17,7 +17,7 @@ from clawker_cp.runtime.topics import Event, Topic
 _ENFORCEMENT = (
     "enrolled", "enroll_failed", "withdrawn", "bypass_started", "bypass_ended", "quarantined", "released",
     "connections_cut", "firewall_up", "firewall_down", "firewall_disable_refused", "firewall_disable_ignored",
-    "pins_adopted", "pins_replaced", "drain_list_failed",
+    "pins_adopted", "pins_replaced", "links_restored", "drain_list_failed",
 )  # fmt: skip
 _POLICY = (
     "policy_applied", "policy_refused", "policy_behind", "rule_added", "rule_modified", "rule_removed", "rule_expired",

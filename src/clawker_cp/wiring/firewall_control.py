@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import structlog
 
 from clawker_cp.ebpf import Manager
-from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput
+from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput, Unavailable, Unsupported
 from clawker_cp.firewall.changes import Applied, Progress
 from clawker_cp.firewall.merge import AddStatus, RemoveStatus
 from clawker_cp.firewall.plan import CidrRow, ProxyPort, RouteRow
@@ -24,6 +24,7 @@ from clawker_cp.firewall.rulebook import RuleBook, too_slow
 from clawker_cp.firewall.rules import Rule
 from clawker_cp.rpc.admin import FirewallAddresses, FirewallState
 from clawker_cp.runtime.health import Probes
+from clawker_cp.wiring.link_guard import LinkGuard, Mender
 
 log = structlog.get_logger()
 
@@ -44,6 +45,8 @@ class Policy(Protocol):
 class Kernel(Protocol):
     """`ebpf.Manager`, as a whole."""
 
+    @property
+    def mender(self) -> Mender: ...
     def flush(self) -> None: ...
 
 
@@ -52,6 +55,8 @@ class Proxy(Protocol):
 
     @property
     def running(self) -> bool: ...
+    @property
+    def lost(self) -> str: ...
     async def stop(self) -> None: ...
     async def supervise(self) -> None: ...
     async def is_healthy(self) -> bool: ...
@@ -125,6 +130,7 @@ class FirewallControl:
         self._addresses = addresses
         self._enrol_all = enrol_all
         self._up = asyncio.Event()
+        self.guard = LinkGuard(kernel.mender, lambda: self.up)
         self._proxy_probe = Probes([("envoy", proxy.is_healthy)])
         self._gate_probe = Probes([("dns", gate_answers)])
 
@@ -135,12 +141,14 @@ class FirewallControl:
 
     def require_up(self) -> None:
         """
-        Raise `Conflict` (`FIREWALL_NOT_INITIALIZED`) while the firewall is off.
+        Raise `Conflict` (`FIREWALL_NOT_INITIALIZED`) while the firewall is off, `Unavailable`
+        (`ENFORCEMENT_UNAVAILABLE`) while the kernel side is not whole.
         """
         if not self.up:
             raise Conflict(
                 "the firewall is off", code="FIREWALL_NOT_INITIALIZED", hint="`clawkerctl firewall up` turns it on"
             )
+        self.guard.require_whole()
 
     async def bring_up(self) -> None:
         """
@@ -165,8 +173,13 @@ class FirewallControl:
 
     async def init(self, *, limit_s: float) -> FirewallAddresses:
         async def act() -> None:
-            if not self.up:
+            if self.up:
+                self._require_proxy()
+                return
+            try:
                 await self.bring_up()
+            except Unsupported as error:  # the server runs on: it is this that cannot be had now
+                raise Unavailable(error.message, code="ENFORCEMENT_UNAVAILABLE", hint=error.hint) from error
 
         await self._within(limit_s, self._policy.perform(act))
         await self._within(limit_s, self._enrol_all())
@@ -261,6 +274,13 @@ class FirewallControl:
         return sorted({str(item[4][0]) for item in found}, key=_order)
 
     # -- inner -------------------------------------------------------------------------------
+
+    def _require_proxy(self) -> None:
+        if self._proxy.lost:
+            raise ClawkerError(
+                f"Envoy ended and could not be brought back: {self._proxy.lost}", code="ENVOY_RESTART",
+                hint="it is tried again every few seconds, and nothing is opened meanwhile",
+            )  # fmt: skip
 
     async def _take_down(self) -> None:
         names = list(await self._running())

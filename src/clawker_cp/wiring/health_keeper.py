@@ -32,12 +32,22 @@ class Check:
 class HealthKeeper:
     """
     Keeps a `HealthRegistry` true. `ask_all` is one round; `run` repeats it until cancelled.
+
+    `tell` hears after each round which critical component has failed, "" = none.
     """
 
-    def __init__(self, registry: HealthRegistry, checks: Sequence[Check], clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        registry: HealthRegistry,
+        checks: Sequence[Check],
+        clock: Clock = SYSTEM_CLOCK,
+        *,
+        tell: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
         self._registry = registry
         self._checks = tuple(checks)
         self._clock = clock
+        self._tell = tell
         for check in self._checks:
             registry.declare(
                 check.name, implementation=check.implementation, version=check.version, critical=check.critical
@@ -50,6 +60,9 @@ class HealthKeeper:
         async with asyncio.TaskGroup() as group:
             for check in self._checks:
                 group.create_task(self._ask(check), name=f"health-{check.name}")
+        if self._tell is not None:
+            failed = self._registry.first_failed()
+            await self._tell(failed.name if failed is not None else "")
 
     async def run(self) -> None:
         """

@@ -130,6 +130,7 @@ class HostAgents:
 
     async def take_over(self, group: asyncio.TaskGroup, agents: AgentControl) -> list[asyncio.Task[None]]:
         await self.sandboxes.wait_running()
+        await asyncio.to_thread(self.sandboxes.settle)
         for sandbox in self._adopted:
             await self._adopt(sandbox, agents)
         self._local.open()

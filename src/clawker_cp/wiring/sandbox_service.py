@@ -129,6 +129,12 @@ class SandboxService:
         self._follow(sandbox.id, console, group, auto_remove=auto_remove)
         return replace(row, state=SandboxState.RUNNING, started_at=int(self._wall())), sandbox
 
+    def settle(self) -> None:
+        """
+        Bring the list to what became of sandboxes while no server ran. Blocks: call it in a thread.
+        """
+        self._rows.settle({sandbox.id for sandbox in self._living()}, int(self._wall()))
+
     def adopt(self, sandbox: Sandbox) -> bool:
         """
         Take over a sandbox that an earlier server created here; False if it was a client's.
@@ -170,6 +176,7 @@ class SandboxService:
         if not force:
             raise Conflict(f"sandbox {sandbox_id[:12]} is running", code="AGENT_RUNNING", hint="remove it with force")
         ended = self._ended.get(sandbox_id)
+        await asyncio.to_thread(self._rows.forget_at_end, sandbox_id)
         await self._lives.stop(sandbox_id, grace_s=grace_s)
         if ended is not None:
             await asyncio.wait([ended], timeout=DRAIN_LIMIT_S)

@@ -96,8 +96,8 @@ class ServerStatus:
     """
     One per server. `up` says whether the firewall is on, `authority_answers` is the authority's probe,
     `engine_answers` and `behind_gate` are "" or say what is wrong with the engine, and with CoreDNS where it runs;
-    `enrolled` which cgroups the kernel has rows of, `side` which running agents could not be enrolled, and what their
-    owners gave them.
+    `unjudged` likewise what does not enforce; `enrolled` which cgroups the kernel has rows of, `side` which running
+    agents could not be enrolled, and what their owners gave them.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class ServerStatus:
         authority_answers: Callable[[], Awaitable[bool]],
         engine_answers: Callable[[], Awaitable[str]],
         behind_gate: Callable[[], str] | None,
+        unjudged: Callable[[], Awaitable[str]],
         enrolled: Callable[[], Collection[int]],
         side: AgentSide,
         max_agents: int,
@@ -142,6 +143,7 @@ class ServerStatus:
         self._authority_answers = authority_answers
         self._engine_answers = engine_answers
         self._behind_gate = behind_gate
+        self._unjudged = unjudged
         self._enrolled = enrolled
         self._side = side
         self._max_agents = max_agents
@@ -279,8 +281,8 @@ class ServerStatus:
     async def _ask_enforcement(self) -> Answer:
         if not self._up():
             return Health.OFF, "the firewall is off"
-        if not self._kernel.loaded:
-            return Health.FAILED, "the programs are not attached"
+        if fault := await self._unjudged():
+            return Health.FAILED, fault
         numbers: Any = self._kernel.statistics()
         return Health.OK, f"{numbers['agents']} agents, {numbers['rows']} rows"
 

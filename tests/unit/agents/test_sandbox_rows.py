@@ -28,6 +28,26 @@ def test_a_sandbox_goes_from_created_to_exited(rows: SandboxRows) -> None:
     assert rows.get("s1") == SandboxRow("s1", "{}", SandboxState.EXITED, 1, 2, 3, 137)
 
 
+def test_what_ended_unseen_is_settled(rows: SandboxRows) -> None:
+    """Of those that do not live, a run one has ended, one half made, half removed or kept for its life is forgotten."""
+    plain, brief = '{"extra": {"auto_remove": false}}', '{"extra": {"auto_remove": true}}'
+    for name, spec, state in (
+        ("lives", plain, SandboxState.RUNNING), ("ended", plain, SandboxState.EXITED),
+        ("died", plain, SandboxState.RUNNING), ("half made", plain, SandboxState.CREATED),
+        ("brief", brief, SandboxState.RUNNING), ("brief lives", brief, SandboxState.RUNNING),
+        ("removed", "{}", SandboxState.RUNNING),
+    ):  # fmt: skip
+        rows.put(SandboxRow(name, spec, state, 1))
+    rows.forget_at_end("removed")
+    rows.forget_at_end("nobody")
+    rows.settle({"lives", "brief lives"}, 9)
+    found = {row.id: (row.state, row.finished_at, row.exit_code) for row in rows.all()}
+    assert found == {
+        "lives": (SandboxState.RUNNING, 0, 0), "brief lives": (SandboxState.RUNNING, 0, 0),
+        "ended": (SandboxState.EXITED, 0, 0), "died": (SandboxState.EXITED, 9, sandbox_rows.UNKNOWN_END),
+    }  # fmt: skip
+
+
 def test_an_unknown_sandbox_is_not_made_up(rows: SandboxRows) -> None:
     """Steps of a sandbox that has no row leave none."""
     rows.started("s1", 2)

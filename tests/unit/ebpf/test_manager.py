@@ -69,6 +69,7 @@ def test_names_stop_at_the_quota(manager: Manager) -> None:
     manager.update_dns(AGENT, full)
     with pytest.raises(CapacityExceeded):
         manager.update_dns(AGENT, [NameRow(mapped("203.0.113.1"), 256, LATER)])
+    manager.sync_routes(rows(4), (), ())
     manager.update_dns(AGENT + 1, [NameRow(full[0].addr, 256 + n, LATER) for n in range(4)])
     with pytest.raises(CapacityExceeded, match="four names"):
         manager.update_dns(AGENT + 1, [NameRow(full[0].addr, 300, LATER)])

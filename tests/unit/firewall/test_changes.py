@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from clawker_cp.errors import CapacityExceeded
+from clawker_cp.errors import CapacityExceeded, ClawkerError, Unavailable
 from clawker_cp.firewall.changes import (
     Wanted,
     agents_touched,
@@ -15,6 +15,7 @@ from clawker_cp.firewall.changes import (
     only_closes,
     read_ephemeral,
     refusal,
+    stored_not_live,
 )
 from clawker_cp.firewall.plan import Materialised
 from clawker_cp.firewall.rules import Problem, Rule, RuleInvalid
@@ -79,6 +80,22 @@ def test_ephemeral_rules_belong_to_their_agent() -> None:
     with pytest.raises(RuleInvalid) as failure:
         read_ephemeral([{"dst": "a..b"}, {"dst": "x.example.com", "proto": "gopher"}], AGENT)
     assert {problem.index for problem in failure.value.problems} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (Unavailable("silence"), "STACK_UNHEALTHY"),
+        (Unavailable("silence", code="STACK_PROBE"), "STACK_UNHEALTHY"),
+        (Unavailable("disk full", code="CONFIG_REGEN"), "CONFIG_REGEN"),
+        (ClawkerError("map full", code="ROUTE_SYNC"), "ROUTE_SYNC"),
+        (OSError("map full"), "ROUTE_SYNC"),
+    ],
+)
+def test_what_is_stored_and_not_in_force_names_the_part_that_failed(failure: Exception, code: str) -> None:
+    """Files, maps or the proxy; and always that the change is kept."""
+    error = stored_not_live(failure)
+    assert (error.code, error.details) == (code, {"saved": "true"}) and str(failure) in error.message
 
 
 def test_a_full_band_is_capacity_a_bad_rule_is_not() -> None:

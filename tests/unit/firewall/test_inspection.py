@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ssl
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -16,7 +18,12 @@ from clawker_cp.errors import CapacityExceeded, ClawkerError
 from clawker_cp.firewall import inspection
 from clawker_cp.firewall.inspection import InspectionAuthority, shard_of
 from clawker_cp.firewall.plan import Plan, Policy
+from clawker_cp.runtime.durable import write_durably
 from clawker_cp.testing.plan_world import build, rule
+
+
+class Killed(Exception):
+    """The process ends here."""
 
 
 def _authority(directory: Path, **more: object) -> InspectionAuthority:
@@ -119,6 +126,64 @@ def test_a_rotation_breaks_nobody(tmp_path: Path) -> None:
     _verify(leaves[name].chain_pem, "api.example.com", old)
     _verify(leaves[name].chain_pem, "api.example.com", new)
     assert _authority(tmp_path).leaves(plan) == leaves
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_a_rotation_that_was_killed_is_done_or_never_was(
+    tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its files was written last, the next start has a whole CA, and who trusts the old one is served."""
+    authority = InspectionAuthority(tmp_path)
+    authority.open()
+    old, count = authority.certificate_pem(), 0
+
+    def write_some(*arguments: Any) -> None:
+        nonlocal count
+        if count == written:
+            raise Killed
+        count += 1
+        write_durably(*arguments)
+
+    monkeypatch.setattr(inspection, "write_durably", write_some)
+    with contextlib.suppress(Killed):
+        authority.rotate()
+    monkeypatch.undo()
+    following = InspectionAuthority(tmp_path)
+    following.open()
+    assert (following.certificate_pem() == old) is (written == 0)
+    assert len(list(tmp_path.glob("ca-*"))) == (2 if written == 0 else 3)
+    if written:
+        _verify(
+            following.leaves(_plan("a.example.com"))[f"p1_s{shard_of('a.example.com')}"].chain_pem, "a.example.com", old
+        )
+
+
+def test_a_first_ca_that_was_killed_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key alone, from a start that was killed between the two files, does not keep the next one from starting."""
+
+    def write_key_only(path: Path, *arguments: Any) -> None:
+        if path.name == "ca-cert.pem":
+            raise Killed
+        write_durably(path, *arguments)
+
+    monkeypatch.setattr(inspection, "write_durably", write_key_only)
+    with pytest.raises(Killed):
+        InspectionAuthority(tmp_path).open()
+    monkeypatch.undo()
+    authority = InspectionAuthority(tmp_path)
+    authority.open()
+    assert authority.certificate_pem() == (tmp_path / "ca-cert.pem").read_text()
+
+
+def test_a_ca_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    """Something in the place of a file: CERT_REGEN with the path, and the CA of before goes on signing."""
+    authority = InspectionAuthority(tmp_path)
+    authority.open()
+    old = authority.certificate_pem()
+    (tmp_path / "ca-pending.json").mkdir()
+    with pytest.raises(ClawkerError, match="ca-cert.pem could not be written") as refused:
+        authority.rotate()
+    assert refused.value.code == "CERT_REGEN" and authority.certificate_pem() == old
 
 
 def test_the_overlap_ends_with_its_file(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from urllib.parse import quote
 
 import grpc
@@ -23,6 +25,7 @@ from clawker_cp.errors import (
     Unsupported,
 )
 from clawker_cp.rpc.status import DETAILS_KEY, DOMAIN, REASONS, Status, status_of
+from clawker_cp.testing.bpf_abi import root
 
 Code = grpc.StatusCode
 
@@ -92,6 +95,25 @@ def test_the_table_is_the_contracts() -> None:
         "CONTAINER_GONE",
         "RULE_INVALID",
     ]
+
+
+def test_the_manual_lists_every_reason_and_says_which_are_never_sent() -> None:
+    """docs/control-surface.md has the table in order; every reason in it is raised somewhere, or said never to be."""
+    manual = (root() / "docs/control-surface.md").read_text().split("\n## Refusals\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.+) \|$", manual, re.M)
+    raised = {
+        node.value.value
+        for path in (root() / "src/clawker_cp").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword | ast.Assign)
+        and isinstance(node.value, ast.Constant)
+        and "code" in (getattr(node, "arg", ""), *(getattr(one, "id", "") for one in getattr(node, "targets", ())))
+    }
+
+    assert [(reason, Code[code]) for reason, code, _ in rows] == list(REASONS.items())
+    never = {reason for reason, _, when in rows if when.startswith("never sent: ")}
+    assert never == {"CP_NOT_RUNNING", "COREDNS_RESTART"}
+    assert set(REASONS) - raised == never and not raised & never
 
 
 def test_a_bound_names_its_limit() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unavailable
+from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unavailable, Unsupported
 from clawker_cp.firewall.changes import Applied, Progress
 from clawker_cp.firewall.merge import AddStatus, RemoveStatus
 from clawker_cp.firewall.plan import Topology
@@ -19,6 +19,19 @@ from clawker_cp.rpc.admin import FirewallAddresses
 from clawker_cp.wiring.firewall_control import FirewallControl, gate_answers
 
 ADDRESSES = FirewallAddresses("198.51.100.1", "198.51.100.1", "host:clawker0", "198.51.100.0/24")
+
+
+class Mender:
+    """A kernel side that somebody damages beyond repair, or not."""
+
+    def __init__(self) -> None:
+        self.left: list[str] = []
+
+    def faults(self) -> Sequence[str]:
+        return self.left
+
+    def mend(self) -> Sequence[str]:
+        return self.left
 
 
 class Host:
@@ -37,6 +50,9 @@ class Host:
         self.stuck: asyncio.Event | None = None
         self.ended = asyncio.Event()
         self.enrolled = 0
+        self.mender = Mender()
+        self.unsupported = ""
+        self.lost = ""
         self.control = FirewallControl(
             self, self, self, self, RuleBook(self), self,
             load=self._load, running=self._running_names, gate_answers=self._answers,
@@ -54,6 +70,8 @@ class Host:
         self.told.append("take over")
 
     async def _load(self) -> None:
+        if self.unsupported:
+            raise Unsupported(self.unsupported, feature="bpffs", hint="mount it")
         self.told.append("load")
 
     async def _answers(self) -> bool:
@@ -158,6 +176,46 @@ async def test_agents_are_not_touched_while_it_is_off(verb: str) -> None:
     assert refused.value.code == "FIREWALL_NOT_INITIALIZED"
     await host.control.disable("c")
     assert host.told == ["disable c"]
+
+
+async def test_nothing_is_opened_while_agents_cannot_be_judged() -> None:
+    """With links that cannot be put back agents are neither enrolled nor bypassed; once they are, all goes on."""
+    host = Host()
+    await host.control.init(limit_s=5)
+    host.mender.left = ["the parent is not judged by clawker_connect4"]
+    await host.control.guard.mend()
+    for ask in (host.control.enable("a"), host.control.bypass("a", 5), host.control.sync_routes(limit_s=5)):
+        with pytest.raises(Unavailable, match="not judged by clawker_connect4") as refused:
+            await ask
+        assert refused.value.code == "ENFORCEMENT_UNAVAILABLE" and refused.value.hint
+    host.mender.left = []
+    await host.control.guard.mend()
+    await host.control.enable("a")
+    assert host.told[2:] == ["enable a"]
+
+
+async def test_a_host_that_cannot_enforce_now_is_no_end() -> None:
+    """Turning it on where the programs cannot be loaded is refused with what to do, and works once they can."""
+    host = Host()
+    host.unsupported = "cannot use /sys/fs/bpf/clawker for pins"
+    with pytest.raises(Unavailable, match="for pins") as refused:
+        await host.control.init(limit_s=5)
+    assert (refused.value.code, refused.value.hint) == ("ENFORCEMENT_UNAVAILABLE", "mount it")
+    assert not host.control.up
+    host.unsupported = ""
+    assert await host.control.init(limit_s=5) == ADDRESSES
+
+
+async def test_up_again_says_that_the_proxy_is_lost() -> None:
+    """While a proxy that ended cannot be brought back, turning the firewall on is no success; then it is again."""
+    host = Host()
+    await host.control.init(limit_s=5)
+    host.lost = "Envoy ended at start: no such file"
+    with pytest.raises(ClawkerError, match="no such file") as refused:
+        await host.control.init(limit_s=5)
+    assert refused.value.code == "ENVOY_RESTART" and host.control.up
+    host.lost = ""
+    assert await host.control.init(limit_s=5) == ADDRESSES
 
 
 async def test_it_stays_up_while_anything_runs() -> None:

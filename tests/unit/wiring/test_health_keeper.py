@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -38,6 +39,25 @@ async def test_one_round_asks_everybody(monkeypatch: pytest.MonkeyPatch) -> None
         "b": (Health.FAILED, "TimeoutError", False, ""),
         "c": (Health.OK, "", False, "x"),
     }
+
+
+async def test_the_first_critical_failure_is_told_after_each_round() -> None:
+    """Whoever says how the whole is hears of critical components only, and when they are well again."""
+    registry, heard = HealthRegistry(), list[str]()
+    answers = {"a": (Health.FAILED, ""), "b": (Health.FAILED, "")}
+
+    async def hear(failed: str) -> None:
+        heard.append(failed)
+
+    async def ask(name: str) -> Answer:
+        return answers[name]
+
+    checks = [Check("a", partial(ask, "a")), Check("b", partial(ask, "b"), critical=True)]
+    keeper = HealthKeeper(registry, checks, tell=hear)
+    await keeper.ask_all()
+    answers["b"] = (Health.DEGRADED, "")
+    await keeper.ask_all()
+    assert heard == ["b", ""]
 
 
 async def test_it_asks_again_every_two_seconds() -> None:

@@ -48,7 +48,10 @@ class EnvoyAdmin:
             answer = await self._connection().get("/stats", params={"filter": pattern})
             answer.raise_for_status()
         except httpx.HTTPError as error:
-            raise Unavailable(f"Envoy does not answer on its admin socket: {error!r}") from error
+            raise Unavailable(
+                f"Envoy does not answer on its admin socket: {error!r}", code="STACK_PROBE",
+                hint="`clawkerctl status` says whether it lives; try again",
+            ) from error  # fmt: skip
         pairs = (line.partition(": ") for line in answer.text.splitlines())
         return {name: value.strip('"') for name, _, value in pairs}
 

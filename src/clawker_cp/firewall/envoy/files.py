@@ -77,6 +77,18 @@ def replace_file(path: Path, data: bytes, mode: int) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise Unavailable(
-            f"{path} could not be written: {error.strerror}", hint="is the disk full or read-only?"
-        ) from error
+        raise _unwritten(path, error) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory that configuration is written to, if it is not there; raises `Unavailable`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> Unavailable:
+    return Unavailable(
+        f"{path} could not be written: {error.strerror}", code="CONFIG_REGEN", hint="is the disk full or read-only?"
+    )

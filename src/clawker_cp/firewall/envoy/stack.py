@@ -22,7 +22,7 @@ import structlog
 
 from clawker_cp.errors import ClawkerError, DeadlineExceeded, Unavailable
 from clawker_cp.firewall.envoy.admin import EnvoyAdmin
-from clawker_cp.firewall.envoy.files import ConfigDirectory, replace_file, writing_order
+from clawker_cp.firewall.envoy.files import ConfigDirectory, make_directory, replace_file, writing_order
 from clawker_cp.firewall.envoy.judging import static_configuration
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary
 from clawker_cp.firewall.envoy.resources import CDS, LDS, ConfigFile, Resources, bootstrap, build_resources
@@ -116,6 +116,7 @@ class EnvoyStack:
         self._plan: Plan | None = None
         self._stopping = False
         self._digest = ""
+        self._lost = ""
         self.adopted = False
         self.restarts = 0
 
@@ -123,6 +124,11 @@ class EnvoyStack:
     def running(self) -> bool:
         """Whether the process lives."""
         return self._process.running
+
+    @property
+    def lost(self) -> str:
+        """Why an Envoy that ended by itself could not be brought back, "" otherwise; it is tried again and again."""
+        return self._lost
 
     @property
     def admin(self) -> EnvoyAdmin:
@@ -137,8 +143,8 @@ class EnvoyStack:
         was started with the same bootstrap (R22), else ended. Raises `Unavailable` with Envoy's
         own last words.
         """
-        self._stopping = False
-        self._options.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        self._stopping, self._lost = False, ""
+        make_directory(self._options.directory)
         # Above every version an adopted Envoy may have seen.
         self._files = ConfigDirectory(self._options.directory, time.time_ns() // 1000)
         resources = await asyncio.to_thread(self._build, plan)
@@ -208,11 +214,11 @@ class EnvoyStack:
         """
         resources = await asyncio.to_thread(self._build, plan)
         text = await asyncio.to_thread(static_configuration, resources, self._options)
-        self._options.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        make_directory(self._options.directory)
         path = self._options.directory / ".clawker-validate.json"
         replace_file(path, text, 0o600)
         process = await asyncio.create_subprocess_exec(
-            str(self._binary or find_binary()), "--mode", "validate", "-c", str(path), "-l", "error",
+            str(find_binary(str(self._binary))), "--mode", "validate", "-c", str(path), "-l", "error",
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         try:
@@ -280,8 +286,10 @@ class EnvoyStack:
             try:
                 self._process.start(self._digest)
                 await self._wait_live()
+                self._lost = ""
                 log.info("envoy_recovered", restarts=self.restarts)
             except ClawkerError as error:
+                self._lost = str(error)
                 log.warning("envoy_restart_failed", cause=str(error))
 
     async def stop(self) -> None:
@@ -396,6 +404,7 @@ class EnvoyStack:
         why = next((line for line in reversed(said) if "[critical]" in line), said[-1] if said else "it said nothing")
         return Unavailable(
             f"Envoy {how}: {why.rpartition('] ')[2][:512]}",
+            code="STACK_UNHEALTHY",
             hint=f"its log is {self._options.log}; envoy.binary has to be Envoy 1.40",
         )
 

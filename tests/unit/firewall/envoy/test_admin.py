@@ -42,6 +42,7 @@ async def test_nobody_there_is_unavailable_not_a_crash(tmp_path: Path) -> None:
     admin = EnvoyAdmin(tmp_path / "missing")
 
     assert not await admin.is_live()
-    with pytest.raises(Unavailable, match="admin socket"):
+    with pytest.raises(Unavailable, match="admin socket") as refused:
         await admin.statistics("x")
+    assert refused.value.code == "STACK_PROBE"
     await admin.aclose()

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import orjson
+import pytest
 
-from clawker_cp.firewall.envoy.files import ConfigDirectory, writing_order
+from clawker_cp.errors import Unavailable
+from clawker_cp.firewall.envoy.files import ConfigDirectory, make_directory, replace_file, writing_order
 from clawker_cp.testing.plan_world import build, rule
 from clawker_cp.testing.proxy_config import resources_of
+
+
+def test_what_cannot_be_written_is_said_and_leaves_the_old(tmp_path: Path) -> None:
+    """A file in the place of the directory: CONFIG_REGEN, with the path, and nothing half written."""
+    (tmp_path / "envoy").write_text("in the way")
+    for write in (
+        partial(make_directory, tmp_path / "envoy/sub"),
+        partial(replace_file, tmp_path / "envoy/x", b"", 384),
+    ):
+        with pytest.raises(Unavailable, match=f"{tmp_path}/envoy/.* could not be written") as refused:
+            write()
+        assert refused.value.code == "CONFIG_REGEN" and refused.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["envoy"]
 
 
 def test_files_are_replaced_whole_with_rising_versions(tmp_path: Path) -> None:
