@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import bpfmap, layout
 from clawker_cp.testing.pinned_routes import ThroughCtypes, loaded_manager, through_bcc
 
 pytestmark = pytest.mark.root
@@ -25,8 +25,8 @@ def directory() -> Iterator[Path]:
 
 
 def rows(count: int) -> tuple[list[bytes], list[bytes]]:
-    keys = [bpfmap.pack_route_key(9, 1 + n // 4096, 256 + n % 4096, 443, 6) for n in range(count)]
-    return keys, [bpfmap.pack_route_value(1, 10000, n % 97, 0) for n in range(count)]
+    keys = [layout.pack_route_key(9, 1 + n // 4096, 256 + n % 4096, 443, 6) for n in range(count)]
+    return keys, [layout.pack_route_value(1, 10000, n % 97, 0) for n in range(count)]
 
 
 def best(work: Any, rounds: int = 9) -> float:
@@ -43,7 +43,7 @@ def test_bench_map_update(benchmark: Any, directory: Path, count: int) -> None:
     """The bridge's batch against every peer, as ratios in one run."""
     keys, values = rows(count)
     joined = b"".join(keys), b"".join(values)
-    bridge = bpfmap.BpfMap.pinned(str(directory / "route_map"), *bpfmap.SIZES["route_map"])
+    bridge = bpfmap.BpfMap.pinned(str(directory / "route_map"), *layout.SIZES["route_map"])
     peer = ThroughCtypes(directory / "route_map")
 
     def each() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import layout
 from clawker_cp.ebpf import Manager
 from clawker_cp.testing.pinned_routes import InnerMaps, loaded_manager
 
@@ -62,8 +62,8 @@ def test_bench_route_swap(benchmark: Any, manager: Manager) -> None:
     whole = benchmark.stats.stats.median * 1e3 if benchmark.enabled else 0.0
 
     routes = manager._maps["route_map"]
-    keys = b"".join(bpfmap.pack_route_key(77, 1 + n // 4096, 256 + n % 4096, 443, 6) for n in range(COUNT))
-    values = bpfmap.pack_route_value(1, 10000, 0, 0) * COUNT
+    keys = b"".join(layout.pack_route_key(77, 1 + n // 4096, 256 + n % 4096, 443, 6) for n in range(COUNT))
+    values = layout.pack_route_value(1, 10000, 0, 0) * COUNT
     swaps, inserts = [], []
     inner = InnerMaps(len(keys) // COUNT, len(values) // COUNT, 262_144)
     control = manager._maps["control"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import layout
 from clawker_cp.testing.bpf_abi import ABI
 from clawker_cp.testing.bpf_cases import Decisions
 
@@ -14,7 +14,7 @@ DENY, ALLOW, BYPASS = ABI.V_DENIED, ABI.V_REDIRECTED, ABI.V_BYPASSED
 
 
 def suppressed(kernel: Decisions, cgroup: int) -> dict[str, int]:
-    return bpfmap.unpack_state(kernel.maps["state_map"].get(cgroup.to_bytes(8, "little")))
+    return layout.unpack_state(kernel.maps["state_map"].get(cgroup.to_bytes(8, "little")))
 
 
 def test_sequence_numbers_of_an_agent_have_no_gap(kernel: Decisions) -> None:

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from clawker_cp._fast import bpfmap, events
+from clawker_cp._fast import events, layout
 from clawker_cp._pure import events as pure_events
 from clawker_cp.ebpf.config import AgentConfig, mapped
 from clawker_cp.testing.bpf_abi import ABI, OBJECTS, REASONS, Layout, layouts, root
@@ -45,7 +45,7 @@ def test_config(described: dict[str, Layout]) -> None:
 
 def test_names(described: dict[str, Layout]) -> None:
     """A learnt address: agent and address are the key, identities newest first the value."""
-    key, value = bpfmap.pack_name(0x0102030405060708, ADDR, (11, 12, 13, 14), 99, 2)
+    key, value = layout.pack_name(0x0102030405060708, ADDR, (11, 12, 13, 14), 99, 2)
 
     check(described["clawker_name_key"], key, cgroup_id=0x0102030405060708, addr=ADDR)
     check(
@@ -56,21 +56,21 @@ def test_names(described: dict[str, Layout]) -> None:
 def test_routes(described: dict[str, Layout]) -> None:
     """A route row and a proxy port row."""
     check(
-        described["clawker_route_key"], bpfmap.pack_route_key(1, 2, 3, 4, 6), generation=1, policy=2, identity=3,
+        described["clawker_route_key"], layout.pack_route_key(1, 2, 3, 4, 6), generation=1, policy=2, identity=3,
         port=4, l4=6,
     )  # fmt: skip
     check(
-        described["clawker_route_value"], bpfmap.pack_route_value(1, 2, 3, 4), action=1, proxy_port=2, rule=3,
+        described["clawker_route_value"], layout.pack_route_value(1, 2, 3, 4), action=1, proxy_port=2, rule=3,
         deadline_ns=4,
     )  # fmt: skip
-    check(described["clawker_proxy_port_key"], bpfmap.pack_proxy_port(1, 2, 3, 6), generation=1, policy=2, port=3, l4=6)
+    check(described["clawker_proxy_port_key"], layout.pack_proxy_port(1, 2, 3, 6), generation=1, policy=2, port=3, l4=6)
 
 
 def test_prefixes(described: dict[str, Layout]) -> None:
     """Prefix keys are network order, so that the trie compares generation, policy, protocol, address."""
-    key = bpfmap.pack_cidr_key(0x01020304, 0x05060708, 6, ADDR, 120)
-    six = bpfmap.pack_cidr_key(1, 2, 6, mapped("2001:db8::"), 32)
-    value = bpfmap.pack_spans([(1, 2, 1, 3, 4, 5)])
+    key = layout.pack_cidr_key(0x01020304, 0x05060708, 6, ADDR, 120)
+    six = layout.pack_cidr_key(1, 2, 6, mapped("2001:db8::"), 32)
+    value = layout.pack_spans([(1, 2, 1, 3, 4, 5)])
     span = described["clawker_span"]
 
     check(
@@ -82,23 +82,23 @@ def test_prefixes(described: dict[str, Layout]) -> None:
     check(span, value[: span.size], low=1, high=2, action=1, proxy_port=3, rule=4, deadline_ns=5)
     unused = value[span.size : 2 * span.size]
     assert span.read(unused, "low") > span.read(unused, "high")
-    check(described["clawker_reserved_key"], bpfmap.pack_reserved(ADDR, 120), prefixlen=120, addr=ADDR)
+    check(described["clawker_reserved_key"], layout.pack_reserved(ADDR, 120), prefixlen=120, addr=ADDR)
 
 
 def test_switches(described: dict[str, Layout]) -> None:
     """The control row and the published ports."""
     check(
-        described["clawker_control"], bpfmap.pack_control(7, 1, (2, 3, 4), 5), abi=ABI.ABI_VERSION, generation=7,
+        described["clawker_control"], layout.pack_control(7, 1, (2, 3, 4), 5), abi=ABI.ABI_VERSION, generation=7,
         enforce=1, budget=struct.pack("<3I", 2, 3, 4), wakeup=5,
     )  # fmt: skip
-    check(described["clawker_inbound_key"], bpfmap.pack_inbound(9, 80), cgroup_id=9, port=80)
+    check(described["clawker_inbound_key"], layout.pack_inbound(9, 80), cgroup_id=9, port=80)
 
 
 def test_sizes_of_maps(described: dict[str, Layout]) -> None:
     """The bridge's idea of every key and value size is the compiler's."""
     of = {name: layout.size for name, layout in described.items()}
 
-    assert bpfmap.SIZES == {
+    assert layout.SIZES == {
         "container_map": (8, of["clawker_config"]),
         "dns_cache": (of["clawker_name_key"], of["clawker_name_value"]),
         "route_map": (of["clawker_route_key"], of["clawker_route_value"]),

@@ -207,8 +207,8 @@ async def test_state_of_another_layout_is_not_adopted(machine: Machine) -> None:
     script = """
 import sys
 from pathlib import Path
-from clawker_cp._fast import bpfmap
-size = bpfmap.SIZES["control"]
+from clawker_cp._fast import bpfmap, layout
+size = layout.SIZES["control"]
 control = bpfmap.BpfMap.pinned("/sys/fs/bpf/clawker/control", *size)
 row = bytearray(control.items()[0][1])
 row[0:4] = (4711).to_bytes(4, "little")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import bpfmap, layout
 from clawker_cp.ebpf.config import AgentConfig, mapped, mapped_prefix
 from clawker_cp.ebpf.pins import Pins
 from clawker_cp.errors import Conflict, InvalidInput, NotFound
@@ -67,7 +67,7 @@ def enable(pins: Pins, cgroup_id: int, policy: int) -> AgentConfig:
     key = cgroup_id.to_bytes(8, "little")
     with _opened(pins, "state_map") as states:
         if states.get(key) is None:
-            states.put(key, bpfmap.empty_state())
+            states.put(key, layout.empty_state())
     with _opened(pins, "container_map") as containers:
         containers.put(key, config.pack())
     return config
@@ -113,18 +113,18 @@ def sync_routes(pins: Pins, routes: Iterable[Route]) -> tuple[int, int]:
     control = pins.rows("control")
     if not control:
         raise NotFound(f"nothing is pinned at {pins.directory}")
-    generation = int(bpfmap.unpack_control(control[0][1])["generation"])
-    wanted = {bpfmap.pack_route_key(generation, one.policy, one.identity, one.port, one.l4): one for one in routes}
+    generation = int(layout.unpack_control(control[0][1])["generation"])
+    wanted = {layout.pack_route_key(generation, one.policy, one.identity, one.port, one.l4): one for one in routes}
     with _opened(pins, "proxy_port_map") as ports:
         for one in wanted.values():
             if one.proxy_port:
                 ports.put(
-                    bpfmap.pack_proxy_port(generation, one.policy, one.proxy_port, one.l4), (1).to_bytes(4, "little")
+                    layout.pack_proxy_port(generation, one.policy, one.proxy_port, one.l4), (1).to_bytes(4, "little")
                 )
     with _opened(pins, "route_map") as table:
-        present = [key for key in table.all_keys() if bpfmap.unpack_route_key(key)[0] == generation]
+        present = [key for key in table.all_keys() if layout.unpack_route_key(key)[0] == generation]
         for key, one in wanted.items():
-            table.put(key, bpfmap.pack_route_value(one.action, one.proxy_port, MAX_U32, 0))
+            table.put(key, layout.pack_route_value(one.action, one.proxy_port, MAX_U32, 0))
         gone = [key for key in present if key not in wanted]
         for key in gone:
             table.delete(key)
@@ -148,13 +148,13 @@ def update_dns(pins: Pins, cgroup_id: int, address: str, identity: int, ttl_s: i
     reserved = {key for key, _ in pins.rows("reserved_map")}
     network = ipaddress.ip_network(address)
     covers = [network.supernet(new_prefix=length) for length in range(network.max_prefixlen + 1)]
-    if any(bpfmap.pack_reserved(*mapped_prefix(one)) in reserved for one in covers):
+    if any(layout.pack_reserved(*mapped_prefix(one)) in reserved for one in covers):
         raise Conflict(f"address: {parsed} is reserved, nothing opens it")
     if cgroup_id not in {row["cgroup_id"] for row in pins.containers()}:
         raise NotFound(f"cgroup {cgroup_id} is not enrolled")
     expires = time.monotonic_ns() + ttl_s * 1_000_000_000
     with _opened(pins, "dns_cache") as names:
-        names.put(*bpfmap.pack_name(cgroup_id, mapped(address), (identity,), expires, FROM_OPERATOR))
+        names.put(*layout.pack_name(cgroup_id, mapped(address), (identity,), expires, FROM_OPERATOR))
 
 
 def collect_names(pins: Pins) -> int:
@@ -164,7 +164,7 @@ def collect_names(pins: Pins) -> int:
     now, removed = time.monotonic_ns(), 0
     with _opened(pins, "dns_cache") as names:
         for key, value in names.items():
-            if bpfmap.unpack_name(key, value)[3] < now:
+            if layout.unpack_name(key, value)[3] < now:
                 removed += names.delete(key)
     return removed
 

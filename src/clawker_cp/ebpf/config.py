@@ -11,7 +11,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Protocol
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import layout
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -66,7 +66,7 @@ class AgentConfig:
             | (Flag.IPV6 if self.ipv6 else 0)
             | (Flag.HOST_PROXY if self.host_proxy_port else 0)
         )
-        return bpfmap.pack_config(
+        return layout.pack_config(
             self.policy,
             int(flags),
             self.bypass_until_ns,
@@ -86,7 +86,7 @@ class AgentConfig:
         """
         Read a row back, as an adopted map has it.
         """
-        raw = bpfmap.unpack_config(row)
+        raw = layout.unpack_config(row)
         flags = raw["flags"]
         return cls(
             policy=raw["policy"],

@@ -19,7 +19,7 @@ from pathlib import Path
 import structlog
 
 from clawker_cp import accel
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import bpfmap, layout
 from clawker_cp.ebpf import routes
 from clawker_cp.ebpf.attachments import Attachments
 from clawker_cp.ebpf.config import AgentConfig, InboundFrom, IPNetwork, NameRowLike, mapped_prefix
@@ -106,7 +106,7 @@ class Manager:
             adopted, replaced = False, True
             place = self._place(parent) if parent is not None else None
             loaded = self._attachments.first_object(place)
-        for name, (key_bytes, value_bytes) in bpfmap.SIZES.items():
+        for name, (key_bytes, value_bytes) in layout.SIZES.items():
             self._maps[name] = loaded.map(name, key_bytes, value_bytes)
         self._names = LearntNames(self._maps["dns_cache"], lambda: routes.identities(self._table))
         self._adopt_control(adopted=adopted)
@@ -192,7 +192,7 @@ class Manager:
         key = _u64(cgroup_id)
         try:
             if self._maps["state_map"].get(key) is None:
-                self._maps["state_map"].put(key, bpfmap.empty_state())
+                self._maps["state_map"].put(key, layout.empty_state())
             self._maps["container_map"].put(key, config.pack())
         except OSError as error:
             if error.errno == 7:  # E2BIG: the map is full
@@ -214,10 +214,10 @@ class Manager:
         self._maps["state_map"].delete(key)
         self.forget_names(cgroup_id)
         for row in self._maps["inbound_map"].all_keys():
-            if bpfmap.unpack_inbound(row)[0] == cgroup_id:
+            if layout.unpack_inbound(row)[0] == cgroup_id:
                 self._maps["inbound_map"].delete(row)
         for row in self._maps["metrics_map"].all_keys():
-            if bpfmap.unpack_metric_key(row)[0] == cgroup_id:
+            if layout.unpack_metric_key(row)[0] == cgroup_id:
                 self._maps["metrics_map"].delete(row)
         with suppress(Conflict):
             self._attachments.detach(cgroup_id)
@@ -252,11 +252,11 @@ class Manager:
         Say who may connect to which TCP ports of an agent; earlier ports are closed.
         """
         for row in self._maps["inbound_map"].all_keys():
-            owner, port = bpfmap.unpack_inbound(row)
+            owner, port = layout.unpack_inbound(row)
             if owner == cgroup_id and port not in ports:
                 self._maps["inbound_map"].delete(row)
         for port, who in ports.items():
-            self._maps["inbound_map"].put(bpfmap.pack_inbound(cgroup_id, port), int(who).to_bytes(4, "little"))
+            self._maps["inbound_map"].put(layout.pack_inbound(cgroup_id, port), int(who).to_bytes(4, "little"))
 
     # -- policy -------------------------------------------------------------------------------
 
@@ -288,7 +288,7 @@ class Manager:
         """
         Replace the addresses that no rule, bypass or learning opens (R12); new ones first.
         """
-        wanted = {bpfmap.pack_reserved(*mapped_prefix(prefix)) for prefix in prefixes}
+        wanted = {layout.pack_reserved(*mapped_prefix(prefix)) for prefix in prefixes}
         reserved = self._maps["reserved_map"]
         for key in wanted:
             reserved.put(key, b"\1\0\0\0")
@@ -345,7 +345,7 @@ class Manager:
         with_cpus = bpfmap.BpfMap(os.dup(self._maps["metrics_map"].fd), "metrics_map", 16, 8 * cpus)
         try:
             return {
-                bpfmap.unpack_metric_key(key): sum(
+                layout.unpack_metric_key(key): sum(
                     int.from_bytes(row[at : at + 8], "little") for at in range(0, len(row), 8)
                 )
                 for key, row in with_cpus.items()
@@ -361,14 +361,14 @@ class Manager:
             if not 0 <= value < 1 << 32:
                 raise InvalidInput(f"{name}: {value} is not a number of records a second")
         self._budgets = (deny, bypass, allow)
-        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(self._generation, 1, self._budgets, 0))
+        self._maps["control"].put(CONTROL_KEY, layout.pack_control(self._generation, 1, self._budgets, 0))
 
     def statistics(self) -> dict[str, int]:
         """
         Sizes and losses: agents, cgroups attached or being let go, learnt addresses, route rows, generation, records
         suppressed.
         """
-        states = [bpfmap.unpack_state(row) for _key, row in self._maps["state_map"].items()]
+        states = [layout.unpack_state(row) for _key, row in self._maps["state_map"].items()]
         return {
             "agents": len(self._maps["container_map"].all_keys()),
             "attached": len(self._attachments.attached()),
@@ -421,22 +421,22 @@ class Manager:
     def _set_aside_maps(self) -> None:
         # Only the names go: the old links keep the old programs and their maps enforcing until
         # they are replaced below.
-        for name in bpfmap.SIZES:
+        for name in layout.SIZES:
             (self._pin_dir / name).unlink(missing_ok=True)
         (self._pin_dir / "flow_map").unlink(missing_ok=True)
 
     def _adopt_control(self, *, adopted: bool) -> None:
         row = self._maps["control"].get(CONTROL_KEY)
-        present = bpfmap.unpack_control(row) if row else {"abi": 0, "generation": 0}
-        if adopted and present["abi"] not in {0, bpfmap.ABI_VERSION}:
+        present = layout.unpack_control(row) if row else {"abi": 0, "generation": 0}
+        if adopted and present["abi"] not in {0, layout.ABI_VERSION}:
             raise Conflict(
-                f"{self._pin_dir} holds state of layout {present['abi']}, this program needs {bpfmap.ABI_VERSION}",
+                f"{self._pin_dir} holds state of layout {present['abi']}, this program needs {layout.ABI_VERSION}",
                 hint="stop the agents, remove the pins with `ebpf-manager flush`, and start again",
             )
         self._generation = present["generation"]
-        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(self._generation, 1, self._budgets, 0))
+        self._maps["control"].put(CONTROL_KEY, layout.pack_control(self._generation, 1, self._budgets, 0))
         if self._maps["state_map"].get(NOBODY) is None:
-            self._maps["state_map"].put(NOBODY, bpfmap.empty_state())
+            self._maps["state_map"].put(NOBODY, layout.empty_state())
 
     def _adopt_rows(self) -> None:
         table = routes.Table()
@@ -474,7 +474,7 @@ class Manager:
         self._maps["proxy_port_map"].put_many(*routes.join(routes.rekey_routes(wanted.ports, following)))
         self._maps["cidr_map"].put_many(*routes.join(routes.rekey_cidrs(wanted.cidrs, following)))
         self._maps["route_map"].put_many(*routes.join(routes.rekey_routes(wanted.routes, following)))
-        self._maps["control"].put(CONTROL_KEY, bpfmap.pack_control(following, 1, self._budgets, 0))
+        self._maps["control"].put(CONTROL_KEY, layout.pack_control(following, 1, self._budgets, 0))
         # Programs that read the old word may still be looking rows up: they keep a second.
         self._stale = (time.monotonic() + OLD_GENERATION_S, routes.under(self._table, self._generation))
         self._generation = following

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import bpfmap, layout
 from clawker_cp.ebpf.config import NameRowLike, unmapped
 from clawker_cp.errors import CapacityExceeded
 
@@ -35,7 +35,7 @@ class LearntNames:
         Take what the map holds already into the mirror.
         """
         for key, value in self._cache.items():
-            cgroup_id, addr, identities, expires, _source = bpfmap.unpack_name(key, value)
+            cgroup_id, addr, identities, expires, _source = layout.unpack_name(key, value)
             self._agents.setdefault(cgroup_id, {})[addr] = (identities, expires)
 
     def update(self, cgroup_id: int, told: Sequence[NameRowLike]) -> None:
@@ -67,7 +67,7 @@ class LearntNames:
         for addr, (identities, expires) in changes.items():
             if rows.get(addr) == (identities, expires):
                 continue
-            key, value = bpfmap.pack_name(cgroup_id, addr, identities, expires, FROM_DNS)
+            key, value = layout.pack_name(cgroup_id, addr, identities, expires, FROM_DNS)
             try:
                 self._cache.put(key, value)
             except OSError as error:
@@ -96,4 +96,4 @@ class LearntNames:
         return len(expired)
 
     def _remove(self, cgroup_id: int, addr: bytes) -> None:
-        self._cache.delete(bpfmap.pack_name(cgroup_id, addr, (), 0, FROM_DNS)[0])
+        self._cache.delete(layout.pack_name(cgroup_id, addr, (), 0, FROM_DNS)[0])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clawker_cp import accel
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import bpfmap, layout
 from clawker_cp.ebpf.attachments import CGROUP
 from clawker_cp.ebpf.config import AgentConfig, unmapped
 from clawker_cp.errors import InvalidInput, NotFound, Unavailable
@@ -41,7 +41,7 @@ class Pins:
         """
         One pinned map. Raises `NotFound` when nothing is pinned there.
         """
-        key_bytes, value_bytes = bpfmap.SIZES[name]
+        key_bytes, value_bytes = layout.SIZES[name]
         try:
             return bpfmap.BpfMap.pinned(str(self.directory / name), key_bytes, value_bytes)
         except FileNotFoundError as error:
@@ -83,7 +83,7 @@ class Pins:
         each map holds.
         """
         control = self.rows("control")
-        row: dict[str, Any] = dict(bpfmap.unpack_control(control[0][1])) if control else {}
+        row: dict[str, Any] = dict(layout.unpack_control(control[0][1])) if control else {}
         links = self.directory / LINKS
         row["links"] = sum(not path.is_dir() for path in links.iterdir()) if links.exists() else 0
         row["attached"] = len(self.attached())
@@ -143,8 +143,8 @@ class Pins:
         """
         rows = []
         for key, value in sorted(self.rows("route_map")):
-            generation, policy, identity, port, l4 = bpfmap.unpack_route_key(key)
-            action, proxy_port, rule, deadline_ns = bpfmap.unpack_route_value(value)
+            generation, policy, identity, port, l4 = layout.unpack_route_key(key)
+            action, proxy_port, rule, deadline_ns = layout.unpack_route_value(value)
             rows.append(
                 {
                     "generation": generation,
@@ -166,7 +166,7 @@ class Pins:
         """
         rows = []
         for key, value in self.rows("dns_cache"):
-            cgroup_id, addr, identities, expires_ns, _source = bpfmap.unpack_name(key, value)
+            cgroup_id, addr, identities, expires_ns, _source = layout.unpack_name(key, value)
             left = round((expires_ns - time.monotonic_ns()) / 1e9)
             address = unmapped(addr)
             rows.append({"cgroup_id": cgroup_id, "address": address, "identities": list(identities), "left_s": left})
@@ -180,7 +180,7 @@ class Pins:
         """
         rows = []
         for key, count in self._counted("metrics_map"):
-            cgroup_id, identity, port, verdict, reason = bpfmap.unpack_metric_key(key)
+            cgroup_id, identity, port, verdict, reason = layout.unpack_metric_key(key)
             rows.append(
                 {
                     "cgroup_id": cgroup_id,
@@ -201,10 +201,10 @@ class Pins:
         """
         rows: list[dict[str, Any]] = []
         for key, value in sorted(self.rows("state_map")):
-            state = bpfmap.unpack_state(value)
+            state = layout.unpack_state(value)
             rows.append({"cgroup_id": int.from_bytes(key, "little"), **state})
         for key, value in sorted(self.rows("inbound_map")):
-            cgroup_id, port = bpfmap.unpack_inbound(key)
+            cgroup_id, port = layout.unpack_inbound(key)
             who = _INBOUND.get(int.from_bytes(value, "little"), "?")
             rows.append({"cgroup_id": cgroup_id, "inbound_port": port, "from": who})
         return rows

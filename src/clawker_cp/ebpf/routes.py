@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import layout
 from clawker_cp.ebpf.config import IPNetwork, mapped_prefix
 
 SMALL = 256
@@ -108,21 +108,21 @@ def build_table(
     """
     table = Table()
     for route in routes:
-        key = bpfmap.pack_route_key(0, route.policy, route.identity, route.port, route.l4)
-        table.routes[key] = bpfmap.pack_route_value(
+        key = layout.pack_route_key(0, route.policy, route.identity, route.port, route.l4)
+        table.routes[key] = layout.pack_route_value(
             int(route.action), route.proxy_port, route.rule & NO_RULE, deadline_ns(route.expires_at)
         )
     for cidr in cidrs:
         addr, bits = mapped_prefix(cidr.prefix)
-        key = bpfmap.pack_cidr_key(0, cidr.policy, cidr.l4, addr, bits)
-        table.cidrs[key] = bpfmap.pack_spans(
+        key = layout.pack_cidr_key(0, cidr.policy, cidr.l4, addr, bits)
+        table.cidrs[key] = layout.pack_spans(
             [
                 (s.low, s.high, int(s.action), s.proxy_port, s.rule & NO_RULE, deadline_ns(s.expires_at))
                 for s in cidr.spans
             ]
         )
     for port in ports:
-        table.ports[bpfmap.pack_proxy_port(0, port.policy, port.port, port.l4)] = b"\1\0\0\0"
+        table.ports[layout.pack_proxy_port(0, port.policy, port.port, port.l4)] = b"\1\0\0\0"
     return table
 
 
@@ -155,7 +155,7 @@ def identities(table: Table) -> set[int]:
     """
     The identities that have a row for any port of any policy.
     """
-    return {bpfmap.unpack_route_key(key)[2] for key in table.routes}
+    return {layout.unpack_route_key(key)[2] for key in table.routes}
 
 
 def under(table: Table, generation: int) -> Table:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clawker_cp import accel
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import bpfmap, layout
 from clawker_cp.ebpf.config import AgentConfig, mapped, mapped_prefix
 from clawker_cp.testing.bpf_abi import ABI, OBJECTS, REASONS, VERDICTS, layouts
 
@@ -76,7 +76,7 @@ class Decisions:
     def __init__(self) -> None:
         self._libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
         self._object = bpfmap.BpfObject.load(str(OBJECT), pin_dir=None, agent_level=1, max_agents=64)
-        self.maps = {name: self._object.map(name, *sizes) for name, sizes in bpfmap.SIZES.items()}
+        self.maps = {name: self._object.map(name, *sizes) for name, sizes in layout.SIZES.items()}
         self.maps["inbound_flow"] = self._object.map("inbound_flow", layouts(OBJECT)["clawker_flow_key"].size, 8)
         self._ring = bpfmap.RingBuffer(self.maps["events"].fd)
         self._layouts = layouts(OBJECT)
@@ -92,7 +92,7 @@ class Decisions:
     # -- what the maps say
 
     def control(self, *, enforce: bool = True, budget: tuple[int, int, int] = (0, 0, 0)) -> None:
-        row = bpfmap.pack_control(self.generation, int(enforce), budget, 0)
+        row = layout.pack_control(self.generation, int(enforce), budget, 0)
         self.maps["control"].put(bytes(4), row)
 
     def next_generation(self) -> None:
@@ -104,32 +104,32 @@ class Decisions:
         self, identity: int, port: int, l4: int = TCP, *, action: int = ABI.ACT_PROXY, to: int = 0, policy: int = 1,
         rule: int = 7, deadline_ns: int = 0,
     ) -> None:  # fmt: skip
-        key = bpfmap.pack_route_key(self.generation, policy, identity, port, l4)
-        self.maps["route_map"].put(key, bpfmap.pack_route_value(action, to, rule, deadline_ns))
+        key = layout.pack_route_key(self.generation, policy, identity, port, l4)
+        self.maps["route_map"].put(key, layout.pack_route_value(action, to, rule, deadline_ns))
 
     def cidr(self, prefix: str, spans: Iterable[tuple[int, ...]], l4: int = TCP, *, policy: int = 1) -> None:
         """Spans are (low, high, action, proxy port, rule, deadline_ns), the last three optional."""
         addr, bits = mapped_prefix(ipaddress.ip_network(prefix))
-        key = bpfmap.pack_cidr_key(self.generation, policy, l4, addr, bits)
+        key = layout.pack_cidr_key(self.generation, policy, l4, addr, bits)
         full: Any = [tuple(span) + (0, 9, 0)[len(span) - 3 :] for span in spans]
-        self.maps["cidr_map"].put(key, bpfmap.pack_spans(full))
+        self.maps["cidr_map"].put(key, layout.pack_spans(full))
 
     def listener(self, port: int, l4: int = TCP, *, policy: int = 1) -> None:
-        self.maps["proxy_port_map"].put(bpfmap.pack_proxy_port(self.generation, policy, port, l4), b"\1\0\0\0")
+        self.maps["proxy_port_map"].put(layout.pack_proxy_port(self.generation, policy, port, l4), b"\1\0\0\0")
 
     def reserve(self, prefix: str) -> None:
-        key = bpfmap.pack_reserved(*mapped_prefix(ipaddress.ip_network(prefix)))
+        key = layout.pack_reserved(*mapped_prefix(ipaddress.ip_network(prefix)))
         self.maps["reserved_map"].put(key, b"\1\0\0\0")
 
     def name(self, cgroup_id: int, addr: str, *identities: int, lives_s: float = 60.0) -> None:
         expires = time.monotonic_ns() + int(lives_s * 1e9)
-        self.maps["dns_cache"].put(*bpfmap.pack_name(cgroup_id, mapped(addr), identities, expires, 2))
+        self.maps["dns_cache"].put(*layout.pack_name(cgroup_id, mapped(addr), identities, expires, 2))
 
     def publish(self, cgroup_id: int, port: int, who: int) -> None:
-        self.maps["inbound_map"].put(bpfmap.pack_inbound(cgroup_id, port), who.to_bytes(4, "little"))
+        self.maps["inbound_map"].put(layout.pack_inbound(cgroup_id, port), who.to_bytes(4, "little"))
 
     def state(self, cgroup_id: int) -> None:
-        self.maps["state_map"].put(cgroup_id.to_bytes(8, "little"), bpfmap.empty_state())
+        self.maps["state_map"].put(cgroup_id.to_bytes(8, "little"), layout.empty_state())
 
     # -- questions
 
@@ -170,7 +170,7 @@ class Decisions:
         """(identity, port bucket, verdict, reason) -> decisions."""
         found = {}
         for key, total in self._per_cpu("metrics_map", 16):
-            owner, identity, port, verdict, reason = bpfmap.unpack_metric_key(key)
+            owner, identity, port, verdict, reason = layout.unpack_metric_key(key)
             if owner == cgroup:
                 found[identity, port, VERDICTS[verdict], REASONS[reason]] = total
         return found

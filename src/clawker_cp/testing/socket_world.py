@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from clawker_cp import accel
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import layout
 from clawker_cp.ebpf.config import AgentConfig, NameRow, mapped
 from clawker_cp.ebpf.manager import Manager
 from clawker_cp.firewall.plan import CidrRow, ProxyPort, RouteAction, RouteRow, Span
@@ -253,8 +253,8 @@ class SocketWorld:
     def switch(self, *, enforce: bool = True, budget: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Write the switches as the manager has no verb for yet; 0 is a budget's default."""
         control = self.manager._maps["control"]
-        row = bpfmap.unpack_control(control.get(bytes(4)) or b"")
-        control.put(bytes(4), bpfmap.pack_control(row["generation"], int(enforce), budget, row["wakeup"]))
+        row = layout.unpack_control(control.get(bytes(4)) or b"")
+        control.put(bytes(4), layout.pack_control(row["generation"], int(enforce), budget, row["wakeup"]))
 
     def configure(self, agent: Actor, **changes: Any) -> None:
         """Change an agent's row."""

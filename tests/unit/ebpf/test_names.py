@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clawker_cp._fast import bpfmap
+from clawker_cp._fast import bpfmap, layout
 from clawker_cp.ebpf.config import NameRow, mapped
 from clawker_cp.ebpf.names import LearntNames
 from clawker_cp.errors import CapacityExceeded
@@ -29,7 +29,7 @@ def routed() -> range:
 def cache() -> Iterator[bpfmap.BpfMap]:
     """The kernel's map, of this test's own and pinned nowhere."""
     loaded = bpfmap.BpfObject.load(str(OBJECTS / "decide.bpf.o"), pin_dir=None, agent_level=1, max_agents=8)
-    opened = loaded.map("dns_cache", *bpfmap.SIZES["dns_cache"])
+    opened = loaded.map("dns_cache", *layout.SIZES["dns_cache"])
     yield opened
     opened.close()
     loaded.close()
@@ -40,7 +40,7 @@ def told(identity: int, expires_ns: int = 0) -> NameRow:
 
 
 def identities(cache: bpfmap.BpfMap) -> list[tuple[int, ...]]:
-    return [bpfmap.unpack_name(key, value)[2] for key, value in cache.items()]
+    return [layout.unpack_name(key, value)[2] for key, value in cache.items()]
 
 
 def test_the_newest_name_of_an_address_is_first(cache: bpfmap.BpfMap) -> None:
