@@ -69,7 +69,7 @@ class LastingProcess:
     def running(self) -> bool:
         return self._pidfd >= 0 and start_time(self._pid) is not None
 
-    def start(self, digest: str) -> bool:
+    async def start(self, digest: str) -> bool:
         """
         Adopt the process that runs with the same digest, else end it and launch a new one.
 
@@ -82,7 +82,7 @@ class LastingProcess:
                 self._hold(mark.pid)
                 log.info("processes_adopted", name=self.name, pid=mark.pid)
                 return True
-            _end(mark.pid)
+            await asyncio.to_thread(_end, mark.pid)
         self._launch(digest)
         return False
 
