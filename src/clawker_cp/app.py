@@ -37,15 +37,13 @@ from clawker_cp.engines.host.engine import HostEngine
 from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.envoy.access_log import AccessLogTail
-from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary, find_roots
-from clawker_cp.firewall.envoy.stack import EnvoyStack, envoy_command
+from clawker_cp.firewall.envoy.stack import EnvoyStack
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.firewall.reconcile import Reconciler
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rulebook import RuleBook
 from clawker_cp.firewall.store import RuleStore
 from clawker_cp.pki.tree import find_tree
-from clawker_cp.processes.lasting import LastingProcess
 from clawker_cp.rpc.admin import FirewallAddresses, new_admin_server
 from clawker_cp.rpc.agent import AgentServicer
 from clawker_cp.rpc.control import ControlServicer
@@ -65,7 +63,7 @@ from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.agent_view import AgentView, TokenRevocation
 from clawker_cp.wiring.certificate_keeper import CertificateKeeper
 from clawker_cp.wiring.control_surface import ControlSurface
-from clawker_cp.wiring.coredns import coredns_child, coredns_part, problem_of
+from clawker_cp.wiring.coredns import coredns_part, problem_of
 from clawker_cp.wiring.docker_host import DockerHost
 from clawker_cp.wiring.drain_to_zero import DrainToZero, watcher_options
 from clawker_cp.wiring.enforcement import Enforcement
@@ -79,6 +77,7 @@ from clawker_cp.wiring.reports import Reports
 from clawker_cp.wiring.reserved import learn_addresses
 from clawker_cp.wiring.sandbox_service import host_ids
 from clawker_cp.wiring.server_status import ServerStatus, implementations
+from clawker_cp.wiring.stack_choice import chosen_stack
 from clawker_cp.wiring.translation import gate_settings, refuse_host, refuse_what_is_not_offered
 from clawker_cp.wiring.world_feed import ContainerNames, tell_agent
 
@@ -134,22 +133,13 @@ class ControlPlane:
         self._roster = Roster(tell_agent(self._events))
         self._connections = Connections()
         self._authority = InspectionAuthority(firewall / "certs")
-        self._options = options = EnvoyOptions(
-            directory=firewall / "envoy",
-            proxy_addr=network.proxy,
-            roots=find_roots(settings.envoy.trusted_ca),
-            resolver=("127.0.0.1", settings.dns.proxy_view_port),
-            concurrency=settings.envoy.concurrency,
-            http3=settings.envoy.http3,
+        self._stack = chosen_stack(
+            settings, directories, engine, where, environment(), admit=lambda one: self._side.see_neighbour(one)
         )
-        process = LastingProcess(
-            "envoy",
-            envoy_command(find_binary(settings.envoy.binary), options),
-            firewall / "envoy.pid",
-            options.log,
+        self._envoy = EnvoyStack(
+            self._stack.options, self._stack.process, self._authority, binary=settings.envoy.binary
         )
-        self._envoy = EnvoyStack(options, process, self._authority, binary=settings.envoy.binary)
-        self._access_log = AccessLogTail(options.access_log, self._envoy.admin)
+        self._access_log = AccessLogTail(self._stack.options.access_log, self._envoy.admin)
         self._enforcement = Enforcement(
             self._manager,
             engine,
@@ -183,9 +173,8 @@ class ControlPlane:
             count=lambda flows: self._metrics.count_flows(flows),
             count_dns=lambda one: self._metrics.count_dns(one.verdict, one.duration_ns / 1e9, cached=one.cached),
         )
-        self._coredns = coredns_child(settings, directories)
         self._gate = Gate(
-            gate_settings(settings, network),
+            gate_settings(settings, network, front=self._stack.front, view=self._stack.view),
             agents=self._roster,
             policies=self._names,
             kernel=self._manager,
@@ -212,7 +201,7 @@ class ControlPlane:
             tokens=lambda: self._surface.token_counts(),
             certificates=lambda: self._status.certificate_ends(),
         )
-        self._metrics.describe(version("clawker-cp"), "host", "embedded", IMPLEMENTATION)
+        self._metrics.describe(version("clawker-cp"), self._engine.name, self._stack.name, IMPLEMENTATION)
         self._tree = find_tree(directories.data, self._certificates)
         self._database = Database(directories.data / "controlplane" / "controlplane.db")
         self._quarantines = Quarantines(self._database)
@@ -281,10 +270,10 @@ class ControlPlane:
             dns_address=network.dns,
             up=lambda: self._firewall.up,
             is_ready=lambda: self._startup.is_ready,
-            what_runs=implementations(settings, self._surface.tokens.implementation),
+            what_runs=implementations(settings, self._surface.tokens.implementation, self._stack.name),
             authority_answers=self._surface.tokens.answers,
             engine_answers=self._engine.answers,
-            behind_gate=problem_of(self._coredns),
+            behind_gate=problem_of(self._stack.coredns),
             unjudged=self._firewall.guard.fault,
             enrolled=self._manager.agents,
             side=self._side,
@@ -341,6 +330,7 @@ class ControlPlane:
         async with AsyncExitStack() as drain:
             drain.callback(take_pid_file().close)
             await asyncio.to_thread(self._open_files)
+            await self._stack.prepare()
             drain.callback(self._database.close)
             await drain.enter_async_context(self._surface.tokens.supervised())
             await self._serve(stop, on_ready, drain)
@@ -415,7 +405,7 @@ class ControlPlane:
         return running
 
     def _write_bundle(self) -> None:
-        write_bundle(self._directories.data / "ca-bundle", self._options.roots, self._authority.certificate_pem())
+        write_bundle(self._directories.data / "ca-bundle", self._stack.roots, self._authority.certificate_pem())
 
     async def _load_kernel(self) -> None:
         """Attach the programs, drop rows of cgroups that are gone, and tell them what no rule opens."""
@@ -436,7 +426,7 @@ class ControlPlane:
             ("garbage", self._collect_garbage, "expired names stay a while"),
             ("bypasses", self._agents.run, "connections outlive a bypass until their next packet"),
             *self._side.parts(),
-            *coredns_part(self._coredns),
+            *coredns_part(self._stack.coredns),
             ("bus", self._events.heartbeat, "a stuck part is not noticed"),
             ("health", self._keeper.run, "health is not known"),
             ("certificates", self._certificate_keeper.run, "certificates are not renewed"),

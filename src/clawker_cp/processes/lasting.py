@@ -69,20 +69,20 @@ class LastingProcess:
     def running(self) -> bool:
         return self._pidfd >= 0 and start_time(self._pid) is not None
 
-    def start(self, digest: str) -> bool:
+    async def start(self, digest: str) -> bool:
         """
         Adopt the process that runs with the same digest, else end it and launch a new one.
 
         True when adopted.
         """
         digest = hashlib.sha256((digest + "\0".join(self._command)).encode()).hexdigest()
-        mark = self._read_mark()
+        mark = _read_mark(self._mark_path)
         if mark is not None and start_time(mark.pid) == mark.started:
             if mark.digest == digest:
                 self._hold(mark.pid)
                 log.info("processes_adopted", name=self.name, pid=mark.pid)
                 return True
-            _end(mark.pid)
+            await asyncio.to_thread(_end, mark.pid)
         self._launch(digest)
         return False
 
@@ -195,12 +195,17 @@ class LastingProcess:
         temporary.write_bytes(orjson.dumps({"pid": mark.pid, "started": mark.started, "digest": mark.digest}))
         temporary.replace(self._mark_path)
 
-    def _read_mark(self) -> _Mark | None:
-        try:
-            raw = orjson.loads(self._mark_path.read_bytes())
-            return _Mark(int(raw["pid"]), int(raw["started"]), str(raw["digest"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+
+def end_left(mark: Path) -> bool:
+    """
+    End what an earlier start left running under this mark, for good; True when there was something. Blocks.
+    """
+    found = _read_mark(mark)
+    mark.unlink(missing_ok=True)
+    if found is None or start_time(found.pid) != found.started:
+        return False
+    _end(found.pid)
+    return True
 
 
 def start_time(pid: int) -> int | None:
@@ -212,6 +217,14 @@ def start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in {"Z", "X"} else int(fields[19])
+
+
+def _read_mark(path: Path) -> _Mark | None:
+    try:
+        raw = orjson.loads(path.read_bytes())
+        return _Mark(int(raw["pid"]), int(raw["started"]), str(raw["digest"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _end(pid: int) -> None:

@@ -68,6 +68,10 @@ class AgentSide(Protocol):
         """Enrol every agent that runs, after the firewall was turned on."""
         ...
 
+    async def see_neighbour(self, container_id: str, /) -> None:
+        """Let frames of a container pass that serves agents and was just started."""
+        ...
+
     def parts(self) -> list[Part]:
         """What has to run beside serving."""
         ...

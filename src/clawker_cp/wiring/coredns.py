@@ -7,12 +7,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from clawker_cp.config import Directories, Settings
 from clawker_cp.dns.coredns import CHILD_ADDRESS, CHILD_HEALTH_PORT, corefile
 from clawker_cp.errors import InvalidInput
 from clawker_cp.processes.coredns import CoreDnsChild
 from clawker_cp.wiring.agent_side import Part
+
+
+class CoreDns(Protocol):
+    """A child, or a container: `processes.coredns`, `coredns_container`."""
+
+    running: bool
+
+    async def run(self) -> None: ...
 
 
 def coredns_child(settings: Settings, directories: Directories) -> CoreDnsChild | None:
@@ -34,14 +43,14 @@ def coredns_child(settings: Settings, directories: Directories) -> CoreDnsChild 
     )
 
 
-def coredns_part(child: CoreDnsChild | None) -> list[Part]:
+def coredns_part(child: CoreDns | None) -> list[Part]:
     """
     What has to run beside serving, where it is asked for.
     """
     return [] if child is None else [("coredns", child.run, "the gate asks the forwarders itself")]
 
 
-def problem_of(child: CoreDnsChild | None) -> Callable[[], str] | None:
+def problem_of(child: CoreDns | None) -> Callable[[], str] | None:
     """
     A question whose answer is what is wrong with it now, "" if nothing is; None where it is not asked for.
     """

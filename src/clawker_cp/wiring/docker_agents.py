@@ -183,7 +183,7 @@ class DockerAgents:
             return
         await self._lives.attempt(container_id)
         if self._roster.by_id(container_id) is None:
-            await self._see_neighbour(container_id)
+            await self.see_neighbour(container_id)
 
     async def _gone(self, container_id: str) -> None:
         try:
@@ -193,7 +193,7 @@ class DockerAgents:
         except (ClawkerError, OSError) as error:
             log.warning("container_remains", id=container_id[:12], cause=str(error))
 
-    async def _see_neighbour(self, container_id: str) -> None:
+    async def see_neighbour(self, container_id: str) -> None:
         """A container that is no agent: its frames pass while it runs and is on our network."""
         try:
             container = await self._engine.inspect(container_id)
@@ -229,7 +229,7 @@ class DockerAgents:
             await self._lives.reconcile()
             for container_id in await self._host.on_network():
                 if self._roster.by_id(container_id) is None:
-                    await self._see_neighbour(container_id)
+                    await self.see_neighbour(container_id)
         except ClawkerError as error:
             log.warning("reconcile_failed", cause=error.message)
 

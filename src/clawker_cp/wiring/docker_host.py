@@ -172,7 +172,12 @@ async def docker_host(
     client = DockerClient(endpoint_from(environ))
     try:
         info = await client.info()
-        network = await ensure_network(client, settings.network, own_container_id=own_container_id)
+        network = await ensure_network(
+            client,
+            settings.network,
+            own_container_id=own_container_id,
+            stack="container" if settings.stack == "container" else "embedded",
+        )
         if settings.host_proxy.enabled:
             address = await host_proxy_address(network, in_container=own_container_id is not None)
             network = replace(network, host_proxy=address)

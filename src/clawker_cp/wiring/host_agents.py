@@ -125,6 +125,9 @@ class HostAgents:
     async def enrol_all(self) -> None:
         """Nothing: what runs is enrolled from its creation on."""
 
+    async def see_neighbour(self, container_id: str, /) -> None:
+        """Nothing: there are no containers on this bridge."""
+
     def parts(self) -> list[Part]:
         return [("sandboxes", self.sandboxes.run, "no sandbox can be created")]
 

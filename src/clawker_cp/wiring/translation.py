@@ -10,7 +10,6 @@ from typing import Any
 
 from clawker_cp.agents.lifecycle import LifeRequest
 from clawker_cp.config import Directories, Settings, environment, load_settings
-from clawker_cp.dns.coredns import CHILD_ADDRESS, CHILD_PORT
 from clawker_cp.dns.settings import BudgetSettings, GateSettings
 from clawker_cp.engines.base import AgentNetwork, HostFeature, SandboxSpec
 from clawker_cp.errors import InvalidInput, Unsupported
@@ -32,17 +31,21 @@ def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None 
     return load_settings(directories, environment()), directories
 
 
-def gate_settings(settings: Settings, network: AgentNetwork) -> GateSettings:
+def gate_settings(
+    settings: Settings, network: AgentNetwork, *, front: str = "", view: str = "127.0.0.1"
+) -> GateSettings:
     """
-    The gate's settings from the operator's and the agents' network.
+    The gate's settings from the operator's, the agents' network, and the stack: whom it asks first, and where the
+    proxy asks it.
     """
     budget = settings.dns.budget
     return GateSettings(
         address=network.dns,
+        proxy_view_address=view,
         proxy_view_port=settings.dns.proxy_view_port,
         forwarders=tuple(settings.dns.forwarders),
         zones={zone: tuple(servers) for zone, servers in settings.dns.zones.items()},
-        front=f"{CHILD_ADDRESS}:{CHILD_PORT}" if settings.dns.coredns else "",
+        front=front,
         control_plane_address=network.cp,
         host_proxy_address=network.host_proxy,
         gateway_address=network.gateway,
@@ -58,7 +61,6 @@ def refuse_what_is_not_offered(settings: Settings) -> None:
     A setting that is accepted and then ignored would be worse than an error.
     """
     asked = {
-        "stack: container": settings.stack == "container",
         f"fleet.name: {settings.fleet.name}": bool(settings.fleet.name),
         f"telemetry.otlp_endpoint: {settings.telemetry.otlp_endpoint}": bool(settings.telemetry.otlp_endpoint),
     }

@@ -19,12 +19,12 @@ def _make(directory: Path, *command: str) -> LastingProcess:
 async def test_the_next_start_adopts_what_was_left_running(tmp_path: Path) -> None:
     """Same digest, same process; it keeps running in between."""
     first = _make(tmp_path)
-    assert first.start("d") is False
+    assert await first.start("d") is False
     pid = first.pid
     first.let_live()
     second = _make(tmp_path)
 
-    assert second.start("d") is True
+    assert await second.start("d") is True
     assert second.pid == pid
     assert second.running
     await second.stop()
@@ -34,12 +34,12 @@ async def test_the_next_start_adopts_what_was_left_running(tmp_path: Path) -> No
 async def test_another_digest_ends_the_old_one(tmp_path: Path) -> None:
     """A process that was started with something else is ended before a new one is launched."""
     first = _make(tmp_path)
-    first.start("old")
+    await first.start("old")
     pid = first.pid
     first.let_live()
     second = _make(tmp_path)
 
-    assert second.start("new") is False
+    assert await second.start("new") is False
     assert second.pid != pid
     assert start_time(pid) is None
     await second.stop()
@@ -52,7 +52,7 @@ async def test_a_reused_pid_is_nobody_we_know(tmp_path: Path) -> None:
     (tmp_path / "child.pid").write_bytes(orjson.dumps({"pid": os.getpid(), "started": 1, "digest": "d"}))
     process = _make(tmp_path)
 
-    assert process.start("d") is False
+    assert await process.start("d") is False
     assert process.pid != os.getpid()
     await process.stop()
 
@@ -60,7 +60,7 @@ async def test_a_reused_pid_is_nobody_we_know(tmp_path: Path) -> None:
 async def test_the_end_is_noticed_and_the_last_words_are_kept(tmp_path: Path) -> None:
     """`wait` returns when it ends; its output is in the log."""
     process = _make(tmp_path, "sh", "-c", "echo last words; exit 3")
-    process.start("d")
+    await process.start("d")
     await asyncio.wait_for(process.wait(), 10)
 
     assert not process.running
@@ -72,19 +72,19 @@ async def test_the_end_is_noticed_and_the_last_words_are_kept(tmp_path: Path) ->
 async def test_what_cannot_be_started_says_so(tmp_path: Path) -> None:
     """A missing binary is `Unavailable`, naming it."""
     with pytest.raises(Unavailable, match="/nonexistent"):
-        _make(tmp_path, "/nonexistent").start("d")
+        await _make(tmp_path, "/nonexistent").start("d")
 
 
 async def test_all_who_wait_hear_of_the_end(tmp_path: Path) -> None:
     """Who supervises it and who ends it wait at the same time; letting it live ends the waiting as well."""
     process = _make(tmp_path)
-    process.start("d")
+    await process.start("d")
     waiting = [asyncio.ensure_future(process.wait()) for _ in range(2)]
     await asyncio.sleep(0)
     async with asyncio.timeout(10):
         await process.stop()
         await asyncio.gather(*waiting)
-    process.start("d")
+    await process.start("d")
     pid = process.pid
     waiting = [asyncio.ensure_future(process.wait())]
     await asyncio.sleep(0)
@@ -92,7 +92,7 @@ async def test_all_who_wait_hear_of_the_end(tmp_path: Path) -> None:
     async with asyncio.timeout(10):
         await asyncio.gather(*waiting)
     assert start_time(pid) is not None
-    process.start("d")  # adopted: a waiter that goes away leaves the others
+    await process.start("d")  # adopted: a waiter that goes away leaves the others
     leaving, staying = (asyncio.ensure_future(process.wait()) for _ in range(2))
     await asyncio.sleep(0)
     leaving.cancel()

@@ -50,7 +50,6 @@ def test_the_gate_has_the_operators_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"stack": "container"}, "stack"),
         ({"fleet": FleetSettings(name="f", endpoints=["https://x"])}, r"fleet\.name"),
     ],
 )

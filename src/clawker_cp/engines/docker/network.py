@@ -141,10 +141,10 @@ async def ensure_network(
     """
     record = await _find_or_create(client, settings)
     plan = read_plan(record)
-    if own_container_id is None:
-        return addresses(plan, own=None)
-    own = await _join(client, plan, settings.octets.cp, own_container_id)
     proxy = plan.static(settings.octets.envoy) if stack == "container" else None
+    if own_container_id is None:
+        return addresses(plan, own=None, proxy=proxy)
+    own = await _join(client, plan, settings.octets.cp, own_container_id)
     return addresses(plan, own=own, proxy=proxy)
 
 

@@ -55,13 +55,13 @@ ENVOY_ENVIRONMENT: dict[str, str] = {}
 
 
 class LastingProcessLike(Protocol):
-    """What the stack needs of `processes.lasting.LastingProcess`."""
+    """What the stack needs of `processes.lasting.LastingProcess`, or of a container that fulfils the same."""
 
     @property
     def pid(self) -> int: ...
     @property
     def running(self) -> bool: ...
-    def start(self, digest: str) -> bool: ...
+    async def start(self, digest: str) -> bool: ...
     async def wait(self) -> None: ...
     async def stop(self) -> None: ...
     def let_live(self) -> None: ...
@@ -153,7 +153,7 @@ class EnvoyStack:
         replace_file(self._options.bootstrap, start_text, 0o640)
         for name in writing_order(resources.files):
             self._files.write(name, resources.files[name])
-        self.adopted = self._process.start(self._digest)
+        self.adopted = await self._process.start(self._digest)
         await self._wait_live()
         refused = await self._acknowledge(list(resources.files), {})
         if refused:
@@ -284,7 +284,7 @@ class EnvoyStack:
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_MAX_S)
             try:
-                self._process.start(self._digest)
+                await self._process.start(self._digest)
                 await self._wait_live()
                 self._lost = ""
                 log.info("envoy_recovered", restarts=self.restarts)
