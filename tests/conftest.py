@@ -18,6 +18,8 @@ REQUIRED = os.environ.get("CLAWKER_CP_REQUIRE_BPF") == "1"
 # A run that decides whether a change lands tries the same examples every time; a developer's tries new ones.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None)
+# `make coverage` asks which branches are reached, not what else could happen in them.
+hypothesis.settings.register_profile("few", derandomize=True, deadline=None, max_examples=10)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") or REQUIRED else "explore")
 
 

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope
 
 CONTRACT = Path(__file__).with_name("contract")
 PROTOS = ("admin", "agent", "control")
+BOUND = ["PERMISSION_DENIED", "token bound to another certificate"]
 _PRELUDE = """
 import json, sys, time, uuid
 from client import *
@@ -178,27 +179,7 @@ async def test_wrong_credentials_get_their_code_and_message_at_every_method(outs
     said = await outsider.call("""
     ch, mine = channel(), token()
     agents = token("clawker-agent", "agent:self:register")
-    now = int(time.time())
-    # Issued after whatever was revoked a moment ago.
-    claims = {"iss": "https://127.0.0.1:4444/", "sub": "clawker-cli", "client_id": "clawker-cli", "aud": ["clawker"],
-              "scope": "admin", "jti": str(uuid.uuid4()), "iat": now + 5, "nbf": now, "exp": now + 3600}
-    head = json.loads(base64.urlsafe_b64decode(mine.split(".")[0] + "=="))
-    forged = lambda **more: signed(head, {**claims, **more, "jti": str(uuid.uuid4())}, KEY)
-    tokens = {
-        "none": (), "twice": bearer(mine) * 2, "lower case": (("authorization", "bearer " + mine),),
-        "basic": (("authorization", "Basic Zm9vOmJhcg=="),), "empty": bearer(""), "blank inside": bearer("a b"),
-        "9 KiB": bearer("x" * 9000), "in a binary header": (("authorization-bin", b"Bearer " + mine.encode()),),
-        "garbage": bearer("garbage"), "cut": bearer(mine[:-8]), "alg none": bearer(
-            b64(b'{"alg":"none"}') + "." + mine.split(".")[1] + "."),
-        "another key": bearer(signed(head, claims, "other-signing.key")),
-        "the assertion itself": bearer(assertion("clawker-cli")),
-        "ended": bearer(forged(iat=now - 7200, nbf=now - 7200, exp=now - 1)),
-        "from the future": bearer(forged(iat=now + 7200, nbf=now + 7200, exp=now + 9000)),
-        "no end": bearer(forged(exp=None)),
-        "of the agents": bearer(agents),
-        "of another client with the scope": bearer(forged(sub="clawker-agent", client_id="clawker-agent")),
-        "without the scope": bearer(forged(scope="administrator admin.read Admin")),
-    }
+    tokens = wrong_tokens("clawker-cli", "admin", mine, KEY) | {"of the agents": bearer(agents)}
     result["tokens"] = {}
     for name, metadata in tokens.items():
         answers = {json.dumps(call(ch, method, None, metadata, timeout=5)) for method in OPERATORS
@@ -223,27 +204,59 @@ async def test_wrong_credentials_get_their_code_and_message_at_every_method(outs
         except grpc.RpcError as error:
             result["not a method"].append([error.code().name, error.details()])
     """)
-    unauthenticated, denied = "UNAUTHENTICATED", "PERMISSION_DENIED"
-    missing = [[unauthenticated, "missing bearer token", []]]
-    inactive = [[unauthenticated, "token inactive or invalid", []]]
-    scope = [[denied, 'token missing required scope "admin"', []]]
-    no_token = {"none", "twice", "lower case", "basic", "empty", "blank inside", "9 KiB", "in a binary header"}
-    other = {"of the agents", "of another client with the scope", "without the scope"}
-    for name, answers in said["tokens"].items():
-        assert answers == (missing if name in no_token else scope if name in other else inactive), name
+    assert_refused(said["tokens"], "admin", {"of the agents"})
     assert said["clock without a token"] == "OK"
-    not_here = [[denied, "client certificate not accepted here"]]
+    not_here = [["PERMISSION_DENIED", "client certificate not accepted here"]]
     assert said["certificates"] == {
         "cp": not_here,
         "agent": not_here,
-        "cli-again": [[denied, "token bound to another certificate"]],
+        "cli-again": [BOUND],
         "stranger": ["UNAVAILABLE"],
         "ended": ["UNAVAILABLE"],
         "server-only": ["UNAVAILABLE"],
         "": ["UNAVAILABLE"],
         "who trusts another CA": "UNAVAILABLE",
     }
-    assert said["not a method"] == [[unauthenticated, "unauthorized"]] * 3
+    assert said["not a method"] == [["UNAUTHENTICATED", "unauthorized"]] * 3
+
+
+async def test_wrong_credentials_at_the_agents_listener(outsider: Outsider) -> None:
+    """The same where agents call: by token, by certificate, by method; and sound ones from where no agent lives."""
+    said = await outsider.call("""
+    register, agents = "/clawker.agent.v1.AgentService/Register", lambda: token("clawker-agent", "agent:self:register")
+    at = lambda leaf, **more: channel(leaf, target=AGENT, **more)
+    asked = lambda made, metadata, name=register: call(made, name, None, metadata, timeout=5)
+    mine = agents()
+    with at("agent") as ch:
+        result["sound"] = asked(ch, bearer(mine))
+        wrong = wrong_tokens("clawker-agent", "agent:self:register", mine, KEY) | {"of the CLI": bearer(token())}
+        result["tokens"] = {name: [asked(ch, metadata)] for name, metadata in wrong.items()}
+        result["methods"] = [asked(ch, bearer(mine), name)[:2] for name in OPERATORS]
+    result["certificates"] = {}
+    for leaf in ("cli", "cp", "stranger", "ended", "server-only", ""):
+        with at(leaf) as other:
+            result["certificates"][leaf] = [asked(other, bearer(agents()))[:2], asked(other, bearer(mine))[:2]]
+    with at("agent", ca="other-ca.pem") as distrustful:
+        result["distrustful"] = asked(distrustful, bearer(mine))[0]
+    """)
+    rejected = ["PERMISSION_DENIED", "registration rejected"]
+    assert said["sound"] == [*rejected, []]
+    assert_refused(said["tokens"], "agent:self:register", {"of the CLI"})
+    assert {tuple(one) for one in said["methods"]} == {("UNAUTHENTICATED", "unauthorized")}
+    certificates = said["certificates"]
+    assert {leaf: certificates.pop(leaf) for leaf in ("cli", "cp")} == dict.fromkeys(("cli", "cp"), [rejected, BOUND])
+    assert {one[0] for answers in certificates.values() for one in answers} == {said["distrustful"]} == {"UNAVAILABLE"}
+
+
+def assert_refused(answers: dict[str, Any], scope: str, foreign: set[str]) -> None:
+    """Each of `wrong_tokens`, and the `foreign` ones, has the code and the message of contract 5.1."""
+    missing = ["UNAUTHENTICATED", "missing bearer token", []]
+    inactive = ["UNAUTHENTICATED", "token inactive or invalid", []]
+    elsewhere = ["PERMISSION_DENIED", f'token missing required scope "{scope}"', []]
+    no_token = {"none", "twice", "lower case", "basic", "empty", "blank inside", "9 KiB", "in a binary header"}
+    other = {"of another client with the scope", "without the scope", *foreign}
+    for name, found in answers.items():
+        assert found == [missing if name in no_token else elsewhere if name in other else inactive], name
 
 
 async def test_assertions_are_judged_as_the_contract_says(outsider: Outsider) -> None:

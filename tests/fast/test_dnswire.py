@@ -146,6 +146,31 @@ def test_too_long_is_truncated(wire: Any) -> None:
     assert wire.build_reply(query, 0, b"", 0, 0, (), 0, b"x" * 600, 512)[2] & 2
 
 
+@pytest.mark.parametrize(
+    ("additional", "rcode"),
+    [
+        (A_RECORD, 0),
+        (b"\1x\0" + A_RECORD[2:], 0),
+        (b"\xc0", 1),
+        (b"\x40" + A_RECORD[2:], 1),
+        (b"\5ab", 1),
+        (b"\0" + A_RECORD[2:-2], 1),
+    ],
+    ids=["pointer", "labels", "half a pointer", "reserved label", "no end", "short data"],
+)
+def test_other_records_beside_the_question_are_passed_over(wire: Any, additional: bytes, rcode: int) -> None:
+    """A whole record of any owner is no fault, and one that ends too early is."""
+    plain = make()
+    query = wire.parse_query(plain[:10] + b"\0\1" + plain[12:] + additional)
+    assert (query.rcode, query.edns) == (rcode, False)
+
+
+def test_only_octets_are_a_message(wire: Any) -> None:
+    """Text is a mistake of ours, not a question."""
+    with pytest.raises(TypeError, match="bytes"):
+        wire.parse_query("text")
+
+
 @pytest.mark.parametrize("offset", [-1, 13, 1 << 40])
 def test_offset_outside_is_refused(wire: Any, offset: int) -> None:
     """A TTL offset outside the records raises ValueError and writes nowhere."""

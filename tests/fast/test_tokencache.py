@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from clawker_cp._fast.tokencache import TokenCache as Fast
+from clawker_cp._pure.tokencache import BINDINGS
 from clawker_cp._pure.tokencache import TokenCache as Pure
 from clawker_cp.accel import Granted
 
@@ -64,6 +65,17 @@ def test_owners_are_bounded_and_the_one_that_ends_first_goes(kind: Any) -> None:
     assert not cache.owns(digest(b"9999"), CERTIFICATE, 10_999.0)
 
 
+def test_an_owner_of_a_renewed_token_keeps_it_for_the_new_time(kind: Any) -> None:
+    """The end that a token had with an earlier owner counts for nothing when the table is full."""
+    cache = kind()
+    cache.bind(digest(b"renewed"), CERTIFICATE, 10, 0.0)
+    cache.bind(digest(b"renewed"), OTHER, 10_000, 11.0)
+    for number in range(BINDINGS):
+        cache.bind(digest(b"%d" % number), CERTIFICATE, 1000 + number, 11.0)
+    assert not cache.owns(digest(b"renewed"), CERTIFICATE, 12.0)
+    assert cache.owns(digest(b"0"), OTHER, 12.0) and not cache.owns(digest(b"1"), OTHER, 12.0)
+
+
 def test_owners_that_come_and_go_leave_nothing_behind(kind: Any) -> None:
     """The same few tokens bound again and again after their end take no more room."""
     cache = kind()
@@ -103,6 +115,16 @@ def test_the_entry_closest_to_its_end_goes_first(kind: Any) -> None:
     assert cache.lookup(long, 0.0, 0.5) is GRANT and cache.lookup(third, 0.0, 0.5) is GRANT
     assert cache.lookup(short, 0.0, 0.5) is True
     assert cache.statistics()["evictions"] == 1
+
+
+def test_an_entry_stored_again_counts_by_its_new_end(kind: Any) -> None:
+    """The end that an entry had before it was stored anew makes nobody go."""
+    cache = kind(capacity=2)
+    first = store(cache, b"first", ttl=1.0)
+    store(cache, b"first", ttl=9.0)
+    second = store(cache, b"second", ttl=5.0)
+    third = store(cache, b"third", ttl=7.0)
+    assert [cache.lookup(key, 0.0, 0.5) for key in (first, second, third)] == [GRANT, True, GRANT]
 
 
 def test_thousands_of_bad_tokens_do_not_grow_it(kind: Any) -> None:

@@ -134,7 +134,7 @@ async def test_a_call_fetches_one_token_and_keeps_it(world: World) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(10):
                 group.create_task(client.call("FirewallListRules", LIST))
-    assert world.authority.issued == 1
+    assert world.authority.tally.issued.total() == 1
 
 
 async def test_a_token_is_renewed_half_a_minute_before_its_end(world: World) -> None:
@@ -160,7 +160,7 @@ async def test_a_refused_token_is_fetched_anew_once(world: World) -> None:
         world.auth.revoke(everything=True)
         await client.call("FirewallListRules", LIST)
         await client.call("FirewallListRules", LIST)
-    assert world.authority.issued == 2
+    assert world.authority.tally.issued.total() == 2
 
 
 async def test_a_refusal_has_reason_facts_and_a_remedy(world: World) -> None:

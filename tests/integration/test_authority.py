@@ -22,11 +22,14 @@ import pytest_asyncio
 import structlog
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from clawker_cp.agents.database import Database
+from clawker_cp.auth.authority import ledger
 from clawker_cp.auth.authority.endpoints import admin_application
 from clawker_cp.auth.authority.keys import signing_key
+from clawker_cp.auth.authority.registration import read_registration
 from clawker_cp.auth.clients import register_cli_client
 from clawker_cp.auth.introspect import HydraIntrospector
-from clawker_cp.errors import Conflict, Unavailable
+from clawker_cp.errors import Conflict, InvalidInput, Unavailable
 from clawker_cp.runtime.listeners import HttpListener
 from clawker_cp.testing.authority_world import SERVED, AuthorityWorld, EmbeddedWorld, HydraWorld
 from clawker_cp.testing.certificates import TestCa
@@ -362,6 +365,7 @@ async def test_one_address_gets_so_many_exchanges(either: AuthorityWorld) -> Non
         assert (answer.headers["retry-after"], answer.json()["error"]) == ("1", "temporarily_unavailable")
 
 
+@pytest.mark.slow
 async def test_tls_is_1_3_and_slow_or_silent_connections_end(authority: AuthorityWorld) -> None:
     """An older version is refused in the handshake; a head or a body that does not come is not waited for."""
     old = authority.ca.client_context()
@@ -413,3 +417,58 @@ def test_a_signing_key_is_never_replaced_by_accident(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="holds no P-256 key"):
         signing_key(path)
     assert path.read_bytes() == b"garbage"
+    with pytest.raises(Unavailable, match="cannot be read: Is a directory"):
+        signing_key(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"no json", "not JSON"),
+        (b"[]", "not an object"),
+        (b'{"client_id":"c"}', "scope: is missing"),
+        (b'{"client_id":"c","scope":["s"]}', "scope: is missing"),
+        (b'{"client_id":"c","scope":"s","grant_types":["client_credentials"]}', "private_key_jwt"),
+        (
+            b'{"client_id":"c","scope":"s","grant_types":["client_credentials"],"token_endpoint_auth_method":'
+            b'"private_key_jwt","token_endpoint_auth_signing_alg":"RS256"}',
+            "only ES256",
+        ),
+    ],
+)
+def test_a_registration_that_cannot_be_kept_names_its_field(body: bytes, says: str) -> None:
+    """Whatever is wrong, nobody is registered with less than a key of ours."""
+    with pytest.raises(InvalidInput, match=says):
+        read_registration(body, lambda _client: 30)
+
+
+async def test_malformed_questions_of_the_admin_side(live: EmbeddedWorld) -> None:
+    """A client put under another's name, a deletion of nobody's tokens and a revocation of nothing are 400."""
+    clients = f"{live.admin}/admin/clients"
+    document = (await live.http.get(f"{clients}/clawker-cli")).json()
+    assert (await live.http.put(f"{clients}/clawker-agent", json=document)).status_code == 400
+    assert (await live.http.delete(f"{live.admin}/admin/oauth2/tokens")).status_code == 400
+    assert (await live.http.post(f"{live.public}/oauth2/revoke", data={"x": "y"})).status_code == 400
+    assert (await live.authority.introspect("garbage", "admin")).active is False
+
+
+async def test_revocations_count_against_the_rate(world: EmbeddedWorld) -> None:
+    """One address cannot keep the authority busy with tokens that nobody has."""
+    world.rate = 1
+    async with world.running() as live:
+        url = f"{live.public}/oauth2/revoke"
+        assert 429 in [(await live.http.post(url, data={"token": "x"})).status_code for _ in range(210)]
+
+
+def test_spent_numbers_are_forgotten_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Now and then, so that the table does not grow; one whose assertion is over can harm nobody."""
+    monkeypatch.setattr(ledger, "SWEEP_EVERY", 2)
+    database = Database(tmp_path / "cp.db")
+    database.open()
+    try:
+        kept = ledger.Ledger(database)
+        assert kept.spend("early", "c", 100, 50.0) and not kept.spend("early", "c", 100, 60.0)
+        assert kept.spend("other", "c", 900, 200.0) and kept.spend("later", "c", 900, 200.0)
+        assert [row[0] for row in database.query("SELECT jti FROM oauth_jti ORDER BY jti")] == ["later", "other"]
+    finally:
+        database.close()

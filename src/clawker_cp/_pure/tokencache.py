@@ -164,7 +164,8 @@ class TokenCache:
         }  # fmt: skip
 
     def _evict(self) -> None:
-        while self._ends:
+        # Every entry has its end in the queue, so the queue is never empty before one is found.
+        while True:
             end, key = heappop(self._ends)
             entry = self._entries.get(key)
             if entry is not None and entry.end == end:
@@ -173,7 +174,7 @@ class TokenCache:
                 return
 
     def _unbind(self) -> None:
-        while self._owner_ends:
+        while True:
             exp, token_digest = heappop(self._owner_ends)
             owner = self._owners.get(token_digest)
             if owner is not None and owner[1] == exp:

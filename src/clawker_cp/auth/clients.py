@@ -53,8 +53,9 @@ async def _register(admin_url: str, document: dict[str, Any], tls: ssl.SSLContex
             if known.status_code == httpx.codes.OK and _same_keys(known.content, document):
                 return
             replaced = await http.put(f"{base}/{client_id}", json=document)
-            if replaced.status_code != httpx.codes.OK:
-                raise _refused(client_id, replaced)
+            if replaced.status_code == httpx.codes.OK:
+                return
+            raise _refused(client_id, replaced)
     except httpx.HTTPError as error:
         raise Unavailable(f"client {client_id} was not registered: {type(error).__name__} from {base}") from error
 

@@ -97,7 +97,9 @@ class HydraFront:
     async def _ask(self, request: Request) -> httpx.Response:
         client = self._client or self._connect()
         headers = {"content-type": request.content_type} if request.content_type else {}
-        for left in reversed(range(TRIES)):
+        left = TRIES
+        while True:
+            left -= 1
             said = await client.request(
                 request.method, self._upstream + request.path, content=request.body, headers=headers
             )
@@ -106,7 +108,6 @@ class HydraFront:
             # The assertion's number was to be spent in the transaction that failed: it still counts.
             self.repeated += 1
             await asyncio.sleep(random.uniform(*JITTER_S))  # noqa: S311  # spreads repetitions, guards nothing
-        raise AssertionError
 
     def _connect(self) -> httpx.AsyncClient:
         self._client = httpx.AsyncClient(

@@ -95,6 +95,39 @@ def bearer(value: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {value}"),)
 
 
+def wrong_tokens(client: str, scope: str, mine: str, key: str) -> dict[str, tuple]:
+    """
+    Metadata that opens nothing where tokens of a client with a scope do, by what is wrong with it.
+
+    `mine` is a good token, `key` the file of the authority's own key: what it never signed, and what it did not mean.
+    """
+    now, other = int(time.time()), {"clawker-cli": "clawker-agent"}.get(client, "clawker-cli")
+    # Issued after whatever was revoked a moment ago.
+    claims = {
+        "iss": "https://127.0.0.1:4444/", "sub": client, "client_id": client, "aud": ["clawker"], "scope": scope,
+        "jti": str(uuid.uuid4()), "iat": now + 5, "nbf": now, "exp": now + 3600,
+    }  # fmt: skip
+    head = json.loads(base64.urlsafe_b64decode(mine.split(".")[0] + "=="))
+
+    def forged(**more: object) -> tuple:
+        return bearer(signed(head, {**claims, **more, "jti": str(uuid.uuid4())}, key))
+
+    return {
+        "none": (), "twice": bearer(mine) * 2, "lower case": (("authorization", "bearer " + mine),),
+        "basic": (("authorization", "Basic Zm9vOmJhcg=="),), "empty": bearer(""), "blank inside": bearer("a b"),
+        "9 KiB": bearer("x" * 9000), "in a binary header": (("authorization-bin", b"Bearer " + mine.encode()),),
+        "garbage": bearer("garbage"), "cut": bearer(mine[:-8]),
+        "alg none": bearer(b64(b'{"alg":"none"}') + "." + mine.split(".")[1] + "."),
+        "another key": bearer(signed(head, claims, "other-signing.key")),
+        "the assertion itself": bearer(assertion(client)),
+        "ended": forged(iat=now - 7200, nbf=now - 7200, exp=now - 1),
+        "from the future": forged(iat=now + 7200, nbf=now + 7200, exp=now + 9000),
+        "no end": forged(exp=None),
+        "of another client with the scope": forged(sub=other, client_id=other),
+        "without the scope": forged(scope=f"{scope}istrator {scope}.read {scope.title()}"),
+    }  # fmt: skip
+
+
 def call(made: grpc.Channel, method: str, request: object = None, metadata: tuple = (), timeout: float = 15) -> list:
     """[code, what came or the message, details]: every kind of method, streams up to `most` messages."""
     described = METHODS[method]

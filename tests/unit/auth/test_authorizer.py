@@ -346,6 +346,7 @@ async def test_no_more_than_64_questions_at_once(clock: Clock) -> None:
     assert authority.most == module.QUESTIONS_AT_ONCE and {call.result() for call in calls} == {INACTIVE}
 
 
+@pytest.mark.slow
 async def test_ten_thousand_bad_tokens_leave_no_memory_behind(clock: Clock) -> None:
     """After the first thousands more of them cost nothing that stays."""
     one = made(Authority(), clock)
@@ -420,3 +421,17 @@ async def test_nothing_begun_after_a_revocation_passes(clock: Clock, selector: d
         one.revoke(**selector)  # type: ignore[arg-type]
     assert wrong == [] and one.statistics()["asking"] == 0
     assert isinstance(one.decide("good", CERTIFICATE, "admin"), Pending | Refusal)
+
+
+async def test_an_authority_that_never_answers_is_a_refusal(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller waits its time and is denied; the question stays shared, and a late answer serves the next one."""
+    authority = Authority(t=GOOD)
+    authority.go.clear()
+    one = made(authority, clock)
+    monkeypatch.setattr(module, "WAIT_LIMIT_S", 0.01)
+    refused = await judge(one, "t")
+    assert refused is not None and refused.message == FAILED.message and "no answer within" in refused.cause
+    monkeypatch.undo()
+    authority.go.set()
+    assert await judge(one, "t") is None
+    assert authority.asked == ["t"]

@@ -129,4 +129,5 @@ async def test_a_hydra_that_is_not_ready_or_gone_is_a_503(tmp_path: Path) -> Non
         assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
         assert isinstance(answer.body, dict) and answer.body["error"] == "temporarily_unavailable"
         assert said in answer.body["error_description"]
-    await front.aclose()
+    for _ in range(2):  # closed already, it has nothing to close
+        await front.aclose()

@@ -105,6 +105,19 @@ async def test_connections_are_kept(ca: TestCa) -> None:
     assert len(peers) == 1
 
 
+async def test_an_answer_without_length_is_read_to_its_bound(ca: TestCa) -> None:
+    """What is told piece by piece and grows too long is no answer; closing what was never opened is nothing."""
+
+    async def answer(_request: bytes, writer: asyncio.StreamWriter) -> None:
+        piece = b"%x\r\n%s\r\n" % (50_000, b" " * 50_000)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + piece * 4 + b"0\r\n\r\n")
+
+    async with authority(ca, answer) as url:
+        with pytest.raises(Unavailable, match="too long"):
+            await ask(url, ca.client_context())
+    await HydraIntrospector(url, ca.client_context()).aclose()
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -232,6 +245,7 @@ async def test_an_authority_below_tls_1_3_is_not_asked(ca: TestCa) -> None:
             await ask(url, str(ca.certificate))
 
 
+@pytest.mark.slow
 async def test_many_questions_at_once_are_all_answered(ca: TestCa) -> None:
     """64 together, each with its own answer, over no more connections than that."""
     peers = set()

@@ -14,13 +14,15 @@ import pytest
 
 from clawker_cp._proto.clawker.agent.v1 import agent_pb2
 from clawker_cp.agents.database import Database
+from clawker_cp.agents.identity import Rejected
 from clawker_cp.agents.registration import Registration
 from clawker_cp.agents.registry import Registry
 from clawker_cp.auth.introspect import IntrospectionResult
 from clawker_cp.auth.scopes import AGENT_CLIENT, agent_method_scopes, health_method_scopes
+from clawker_cp.errors import InvalidInput
 from clawker_cp.rpc.agent import AgentServicer
 from clawker_cp.rpc.auth import AuthInterceptor
-from clawker_cp.rpc.interceptors.identity import IdentityInterceptor, current_caller, peer_address
+from clawker_cp.rpc.interceptors.identity import IdentityInterceptor, caller_of, current_caller, peer_address
 from clawker_cp.rpc.server import RpcServer
 from clawker_cp.rpc.services import HealthService, agent_service
 from clawker_cp.rpc.tls import TlsMaterial
@@ -176,3 +178,29 @@ def test_addresses_of_peers_are_read() -> None:
     assert peer_address("ipv6:[fe80::1%25eth0]:4711") == "fe80::1"
     for text in ("unix:/run/x", "", "unknown"):
         assert peer_address(text) == ""
+
+
+async def test_a_call_without_a_message_is_said(tmp_path: Path) -> None:
+    """What the transport could not give us is the caller's fault, and nobody is registered."""
+
+    async def registered(_id: str) -> None:
+        raise AssertionError
+
+    registration = Registration(Registry(Database(tmp_path / "cp.db")), registered=registered)
+    with pytest.raises(InvalidInput, match="register: nil request"):
+        await AgentServicer(registration).Register(None, None)
+
+
+def test_a_caller_without_certificate_or_address_is_nobody() -> None:
+    """Neither is made up from the other."""
+
+    class Call:
+        def auth_context(self) -> dict[str, Any]:
+            return {}
+
+        def peer(self) -> str:
+            return "unix:/somewhere"
+
+    with pytest.raises(Rejected) as rejected:
+        caller_of(Call())
+    assert rejected.value.event == "agent_identity_peer_auth_missing"

@@ -167,10 +167,13 @@ async def test_an_event_is_explained_with_its_rule_and_the_present_verdict(tmp_p
     world.flows.add([
         Flow(event_id="p-1-2", project="p", agent="a", layer=PROXY, verdict=DENIED, reason="path_denied",
              rule_id=rule.id, proto="https", host="x.example", port=443, method="GET", path="/"),
-        Flow(event_id="r-1-1", project="p", agent="a", proto="other", address="203.0.113.1"),
+        Flow(event_id="k-1-1", project="p", agent="a", proto="other", address="203.0.113.1"),
+        Flow(event_id="p-1-3", project="p", agent="a", proto="https", host="no name!", port=443),
     ])  # fmt: skip
     answer = await world.call("Explain", control_pb2.ExplainRequest(event_id="p-1-2"))
     assert (answer.flow.event_id, answer.rule.id, answer.now.allowed) == ("p-1-2", rule.id, True)
+    for event_id in ("k-1-1", "p-1-3"):  # no rule speaks of a raw packet, nor of what is no name
+        assert not (await world.call("Explain", control_pb2.ExplainRequest(event_id=event_id))).HasField("now")
     with pytest.raises(NotFound, match="event_id"):
         await world.call("Explain", control_pb2.ExplainRequest(event_id="p-9-9"))
     world.flows.close()

@@ -60,7 +60,11 @@ async def writer(request: Any, context: Any) -> None:
         await context.write(character)
 
 
-@pytest.mark.parametrize("style", [generator, plain_generator, writer])
+def late_writer(request: Any, context: Any) -> Any:
+    return writer(request, context)
+
+
+@pytest.mark.parametrize("style", [generator, plain_generator, writer, late_writer])
 async def test_response_streams_of_every_style(style: Any) -> None:
     """Generators and the reader-writer style send the same."""
     context = Context()

@@ -66,11 +66,6 @@ class TokenAuthority:
     # -- clients -----------------------------------------------------------------------------
 
     @property
-    def issued(self) -> int:
-        """How many tokens were given since the start."""
-        return self.tally.issued.total()
-
-    @property
     def ready(self) -> bool:
         """Whether any client can get a token."""
         return bool(self._clients)
