@@ -230,8 +230,8 @@ def _authority_text(rule: Rule) -> str:
         dst = "*" + dst
     port = rule.port
     explicit = port and port != WRITTEN_DEFAULT.get(rule.proto)
-    # An IPv4 address followed by a path of digits would read as a network.
-    digits = destination.kind is Kind.ADDRESS and any(e.path[1:].isdigit() for e in rule.path_rules)
+    # An address followed by a path that begins with a digit would read as a network.
+    digits = destination.kind is Kind.ADDRESS and any(e.path[1:2].isdigit() for e in rule.path_rules)
     return f"{dst}:{port}" if explicit or digits else dst
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from clawker_cp.errors import InvalidInput
@@ -198,6 +198,9 @@ def _network(parts: tuple[object, int]) -> object:
         st.lists(ENTRIES, max_size=1).map(tuple),
     )
 )
+@example(Rule("203.0.113.7", "https", "443", "allow", (PathRule("/0:"),)))
+@example(Rule("203.0.113.7", "https", "443", "allow", (PathRule("/8:80"),)))
+@example(Rule("2001:db8::1", "https", "443", "allow", (PathRule("/1/0"),)))
 def test_a_rule_written_as_shorthand_reads_back_the_same(rule: Rule) -> None:
     """For everything the shorthand has words for."""
     rule = normalise(rule)
