@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -75,6 +76,27 @@ async def test_only_the_gateways_tuples_are_reached(host: Host) -> None:
     assert refused[0].reason == "no_route"
     assert refused[0].destination == GATEWAY
     assert refused[0].sandbox_id != ""
+
+
+async def test_one_agent_cannot_take_all_connections_to_the_control_plane(host: Host) -> None:
+    """Its 65th at once gets no answer and is recorded; another agent's are answered, and its own after it let go."""
+    script = (
+        "import socket\n"
+        "def reached(held):\n"
+        "    s = socket.socket(); s.settimeout(0.4); held.append(s)\n"
+        f"    return s.connect_ex(('{GATEWAY}', 7444)) == 0\n"
+        "held = []\n"
+        "print(sum(reached(held) for _ in range(66)))\n"
+        "for s in held: s.close()\n"
+        "print(any(reached(held) for _ in range(20)))\n"
+    )
+    with tcp_server(GATEWAY, 7444):
+        greedy = asyncio.create_task(host.run("python3", "-c", script))
+        await eventually(lambda: [event for event in host.events if event.destination_port == 7444], "the record")
+        other = await connect(host, f"{GATEWAY}:7444")
+        code, said = await greedy
+    assert (code, said.split()) == (0, ["64", "True"])
+    assert other[0].startswith("10.231.")
 
 
 async def test_world_is_closed_until_admitted_and_then_sees_the_host(host: Host) -> None:

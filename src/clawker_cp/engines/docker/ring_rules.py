@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from clawker_cp.engines.base import AgentNetwork
-from clawker_cp.engines.host.ring import LISTENERS, LISTENS, NO_START, PROXY_TCP
+from clawker_cp.engines.host.ring import LISTENERS, LISTENS, NO_START, NOT_TOO_MANY, PROXY_TCP, SERVED_EACH
 
 AGENT_DAEMON_PORT = 7700
 CP_TCP = "4444, 7080, 7444"
@@ -117,6 +117,7 @@ class Rules:
             f"{inet} noise": f"type ipv4_addr; {noise}",
             f"{inet} direct": "type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval;",
             f"{inet} listeners": LISTENERS,
+            f"{inet} served": SERVED_EACH,
             f"{inet} everywhere": "type ipv4_addr; flags timeout;",
             f"{inet} reserved": "type ipv4_addr; flags interval; auto-merge;",
         }
@@ -174,6 +175,8 @@ class Rules:
                 continue
             if ports == PROXY_TCP:
                 lines.append(f"{here} {NO_START} accept")
+            elif local and l4 == "tcp":
+                lines.append(f"{here} {NOT_TOO_MANY}")
             if ports in {PROXY_TCP, PROXY_UDP}:
                 lines.append(f"{here} {LISTENS} accept")
             else:

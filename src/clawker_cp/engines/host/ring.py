@@ -24,6 +24,9 @@ __all__ = ["Direct", "HostRing", "disjoint"]
 log = structlog.get_logger()
 
 SERVED_TCP = "53, 4444, 7080, 7444"
+# Connections that one agent may have to these at once: each listener takes 512 from everybody.
+SERVED_EACH = "type ipv4_addr; flags dynamic; size 65535;"
+NOT_TOO_MANY = "ct state new add @served { ip saddr ct count over 64 } jump refuse"
 # The bands of contract 1.1 without the ports that are never allocated (ruling R4). A connection is begun
 # only at a listener of the agent's own policy; one that exists goes on when the policy changes (R13).
 PROXY_TCP = "10000-10999, 12000-18373, 18375-18900, 18903-22999"
@@ -143,6 +146,7 @@ add set {frames} noise {{ type ifname; flags dynamic,timeout; timeout 1m; size 8
 add set {inet} noise {{ type ifname; flags dynamic,timeout; timeout 1m; size 8192; }}
 add set {inet} direct {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
 add set {inet} listeners {{ {LISTENERS} }}
+add set {inet} served {{ {SERVED_EACH} }}
 add set {inet} everywhere {{ type ipv4_addr; flags timeout; }}
 add set {inet} reserved {{ type ipv4_addr; flags interval; auto-merge; }}
 add chain {frames} agent
@@ -179,6 +183,7 @@ table {inet} {{
     {agents} iifname != "{bridge}" drop
     iifname != "{bridge}" accept
     ip frag-off & 0x3fff != 0 jump refuse
+    ip daddr {gateway} tcp dport {{ {SERVED_TCP} }} {NOT_TOO_MANY}
     ip saddr {subnet} ip daddr {gateway} tcp dport {{ {SERVED_TCP} }} accept
     ip saddr {subnet} ip daddr {gateway} udp dport 53 accept
     ip saddr {subnet} ip daddr {gateway} tcp dport {{ {PROXY_TCP} }} {NO_START} accept
