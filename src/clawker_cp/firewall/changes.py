@@ -1,7 +1,7 @@
 """
 What a change is: what is wanted, what it takes away, which order it needs, whom it goes to. Pure.
 
-`reconcile.py` acts on it; the application reads `Change` to cut connections.
+`data_plane.py` acts on it; the application reads `Change` to cut connections.
 """
 
 from __future__ import annotations
@@ -226,13 +226,17 @@ def agents_touched(old: Plan, new: Plan) -> int:
     return sum(number in changed or old.agents.get(agent) != number for agent, number in new.agents.items())
 
 
-def log_rules(before: Sequence[Rule], after: Sequence[Rule]) -> None:
+def changed_rules(before: Sequence[Rule], after: Sequence[Rule]) -> list[tuple[str, Rule]]:
+    """The log's name of what happened to each rule that is not as it was, with the rule."""
     old = {rule.id: rule for rule in before}
     new = {rule.id: rule for rule in after}
-    for rule_id in new.keys() - old.keys():
-        log.info("rule_added", rule=rule_id, dst=new[rule_id].dst, scope=new[rule_id].scope)
-    for rule_id in old.keys() - new.keys():
-        log.info("rule_removed", rule=rule_id, dst=old[rule_id].dst, scope=old[rule_id].scope)
-    for rule_id in new.keys() & old.keys():
-        if new[rule_id] != old[rule_id]:
-            log.info("rule_modified", rule=rule_id, dst=new[rule_id].dst, scope=new[rule_id].scope)
+    return [
+        *(("rule_added", new[rule_id]) for rule_id in new.keys() - old.keys()),
+        *(("rule_removed", old[rule_id]) for rule_id in old.keys() - new.keys()),
+        *(("rule_modified", rule) for rule_id, rule in new.items() if rule_id in old and rule != old[rule_id]),
+    ]
+
+
+def log_rules(changed: Sequence[tuple[str, Rule]]) -> None:
+    for event, rule in changed:
+        log.info(event, rule=rule.id, dst=rule.dst, scope=rule.scope)

@@ -1,9 +1,9 @@
 """
-From rules to a data plane that enforces them: one task, one order, one version number.
+What is wanted of the data plane: every verb that changes policy, one after the other, and time.
 
-Every change is compiled as a whole first (I5), applied in the order of R19, and undone where
-Envoy refuses it. Envoy, kernel and agents are passed in; store and allocations are this
-package's own. The application runs `run`, everything else is called from anywhere on the loop.
+`data_plane.py` compiles a change as a whole (I5) and brings it into force; this holds the queue,
+the stored rules and those that live as long as an agent. The application runs `run`, everything
+else is called from anywhere on the loop.
 """
 
 from __future__ import annotations
@@ -13,34 +13,27 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
 
-from clawker_cp.errors import CapacityExceeded, ClawkerError, NotFound, Unavailable
+from clawker_cp.errors import CapacityExceeded, ClawkerError, NotFound
 from clawker_cp.firewall import merge
 from clawker_cp.firewall.action_queue import ActionQueue
 from clawker_cp.firewall.allocation_files import AllocationFiles
-from clawker_cp.firewall.allocations import EMPTY, Allocations
 from clawker_cp.firewall.changes import (
     AgentsTarget,
     Applied,
-    Change,
     EnvoyTarget,
     KernelTarget,
     Progress,
     Wanted,
-    agents_touched,
-    log_rules,
-    lost_destinations,
-    moved_agents,
-    only_closes,
-    outlived,
     read_ephemeral,
     refusal,
-    stored_not_live,
 )
-from clawker_cp.firewall.compile import Compiled, compile_plan
+from clawker_cp.firewall.compile import Compiled
+from clawker_cp.firewall.data_plane import DataPlane
 from clawker_cp.firewall.ephemeral import EphemeralRules
 from clawker_cp.firewall.plan import (
     MAX_CONCRETE_NAMES,
@@ -51,7 +44,6 @@ from clawker_cp.firewall.plan import (
 )
 from clawker_cp.firewall.resolving import PolicyNames
 from clawker_cp.firewall.rules import Problem, Rule, RuleInvalid
-from clawker_cp.firewall.salvage import drop_until_it_compiles
 from clawker_cp.firewall.store import RuleStore, Stored, store_failure
 from clawker_cp.firewall.validate import validate
 
@@ -60,7 +52,6 @@ log = structlog.get_logger()
 TICK_S = 0.5  # an expired rule is gone within a second
 IDLE_S = 3600.0
 IDLE_CHECK_S = 60.0
-RETRY_S = 5.0
 
 
 class Reconciler:
@@ -86,49 +77,40 @@ class Reconciler:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._files = files
         self._envoy = envoy
-        self._kernel = kernel
-        self._agents = agents
         self._names = names
-        self._topology = topology or Topology()
         self._wall = wall
         self._monotonic = monotonic
+        self._plane = DataPlane(
+            files, envoy, kernel, agents, names, topology or Topology(), wall=wall, monotonic=monotonic
+        )
         self._queue = ActionQueue()
         self._ephemeral = EphemeralRules()
-        self._wanted = Wanted()
-        self._compiled: Compiled | None = None
-        self._allocations: Allocations = EMPTY
-        self._unsaved = False
-        self._behind = False
-        self._retry_at = 0.0
         self._idle_at = 0.0
         self._unreadable = ""
-        self.version = 0
+        self.version = 0  # counts effective changes (contract 2.4)
 
     # -- state -------------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
         """The plan in force; raises `Unavailable` before the start."""
-        return self.compiled.plan
+        return self._plane.compiled.plan
 
     @property
     def compiled(self) -> Compiled:
         """The plan in force with its effective rules."""
-        if self._compiled is None:
-            raise Unavailable("no policy is in force yet")
-        return self._compiled
+        return self._plane.compiled
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """All rules in force, the stored ones first."""
-        return self._wanted.rules
+        return self._plane.wanted.rules
 
     @property
     def topology(self) -> Topology:
         """What is known of this host; see `use_topology`."""
-        return self._topology
+        return self._plane.topology
 
     @property
     def readable(self) -> bool:
@@ -138,25 +120,25 @@ class Reconciler:
     @property
     def healthy(self) -> bool:
         """Whether everything accepted is in force, and the rules files are readable."""
-        return not self._behind and not self._unreadable
+        return not self._plane.behind and not self._unreadable
 
     def statistics(self) -> dict[str, int]:
         """Counts for health and metrics."""
-        plan = self._compiled.plan if self._compiled else None
+        plan = self.plan if self._plane.started else None
         return {
-            "version": self.version,
+            "version": self._plane.version,
             "waiting": len(self._queue),
-            "rules": len(self._wanted.rules),
+            "rules": len(self.rules),
             "policies": len(plan.policies) if plan else 0,
             "routes": len(plan.routes) if plan else 0,
-            "behind": int(self._behind),
+            "behind": int(self._plane.behind),
         }
 
     # -- life --------------------------------------------------------------------------------
 
     def use_topology(self, topology: Topology) -> None:
         """Set what is known of this host; holds from the next compile on."""
-        self._topology = topology
+        self._plane.topology = topology
 
     def preload(self, key: str, rules: str, *, learn: bool) -> None:
         """
@@ -165,11 +147,11 @@ class Reconciler:
         Raises `RuleInvalid`.
         """
         self._ephemeral.commit(merge.add(self._ephemeral.rules, read_ephemeral(rules, key)).rules)
-        self._wanted = replace(
-            self._wanted,
+        self._plane.wanted = replace(
+            self._plane.wanted,
             ephemeral=self._ephemeral.rules,
-            agents=self._wanted.agents | {key},
-            learn=self._wanted.learn | {key} if learn else self._wanted.learn,
+            agents=self._plane.wanted.agents | {key},
+            learn=self._plane.wanted.learn | {key} if learn else self._plane.wanted.learn,
         )
 
     def policy_of(self, key: str) -> int:
@@ -185,24 +167,11 @@ class Reconciler:
         A rules file that cannot be read closes everything (R21); single bad rules are left out
         or widened (7.9). Raises what Envoy or the kernel raise: nothing is opened then.
         """
-        loaded = await asyncio.to_thread(self._files.load)
-        self._allocations = loaded.allocations
         stored = await asyncio.to_thread(self._store.read)
-        self._wanted = replace(self._with_stored(self._wanted, stored), unknown=bool(stored.unreadable))
-        compiled, skipped = await asyncio.to_thread(self._compile_what_holds)
-        for problem in skipped:
-            log.warning("rule_skipped", dst=problem.dst, field=problem.field, problem=problem.text)
-        tables = await asyncio.to_thread(self._names.tables_for, compiled.plan)
+        wanted = replace(self._with_stored(self._plane.wanted, stored), unknown=bool(stored.unreadable))
         self._names.serve_with(self)
-        self._names.announce(tables)
-        await self._save(compiled.allocations)
-        await self._envoy.start(compiled.plan)
-        await self._write_kernel(compiled.plan)
-        self._names.publish(tables)
-        self._compiled = compiled
-        self._behind = False
-        self.version += 1
-        log.info("policy_applied", version=self.version, rules=len(self.rules), policies=len(compiled.plan.policies))
+        await self._plane.start(wanted)
+        self.version = self._plane.version
 
     async def run(self) -> None:
         """Work on changes until `close`; expiry, idle names and retries happen in between."""
@@ -218,7 +187,7 @@ class Reconciler:
         """Bring the data plane to the policy again; consecutive calls share one execution."""
 
         async def work(payloads: Sequence[Any]) -> Sequence[Applied]:
-            return [await self._apply(self._wanted, force=True)] * len(payloads)
+            return [await self._apply(self._plane.wanted, force=True)] * len(payloads)
 
         applied: Applied = await self._queue.submit(work, batch="reconcile")
         return applied
@@ -233,7 +202,7 @@ class Reconciler:
                 raise ClawkerError(f"the rules are not readable: {stored.unreadable}", code="RULE_INVALID")
             if stored.skipped:
                 raise RuleInvalid(stored.skipped)
-            return [await self._apply(self._with_stored(self._wanted, stored), force=True)] * len(payloads)
+            return [await self._apply(self._with_stored(self._plane.wanted, stored), force=True)] * len(payloads)
 
         applied: Applied = await self._queue.submit(work, batch="reload")
         return applied
@@ -254,17 +223,7 @@ class Reconciler:
         """
 
         async def work(_: Sequence[Any]) -> Sequence[list[Problem]]:
-            stored = await asyncio.to_thread(self._store.read)
-            if stored.unreadable:
-                raise store_failure(f"the rules are not readable ({stored.unreadable}): repair them and reload")
-            rules = tuple(change(stored.rules))
-            problems = list(validate(rules).problems)
-            if not problems:
-                # Their order is that of what is compiled first, so that an index means the same there.
-                wanted = Wanted(rules, agents=self._wanted.agents, ephemeral=self._wanted.ephemeral)
-                found = await asyncio.to_thread(self._compile, wanted, wanted.rules)
-                problems = found if isinstance(found, list) else []
-            return [problems]
+            return [await asyncio.to_thread(self._judge, change)]
 
         problems: list[Problem] = await self._queue.submit(work)
         return problems
@@ -279,7 +238,7 @@ class Reconciler:
         async def work(_: Sequence[Any]) -> Sequence[Applied]:
             await asyncio.to_thread(self._store.reset)
             stored = await asyncio.to_thread(self._store.read)
-            return [await self._apply(self._with_stored(self._wanted, stored), force=True)]
+            return [await self._apply(self._with_stored(self._plane.wanted, stored), force=True)]
 
         applied: Applied = await self._queue.submit(work)
         return applied
@@ -310,21 +269,20 @@ class Reconciler:
         `rules` are a YAML document, or items of contract 7.1; whatever scope they name, they hold
         for this agent only. Raises `RuleInvalid` with every problem; then nothing changed.
         """
-        made = read_ephemeral(rules, key)
 
         async def work(_: Sequence[Any]) -> Sequence[int]:
             # Hand edits count from the next mutation on (7.9); rules nobody can read refuse it (R21).
-            stored = await asyncio.to_thread(self._store.read)
+            made, stored = await asyncio.to_thread(lambda: (read_ephemeral(rules, key), self._store.read()))
             if stored.unreadable:
                 self._unreadable = stored.unreadable
                 raise store_failure(f"the rules are not readable ({stored.unreadable}): repair them and reload")
             others = [rule for rule in self._ephemeral.rules if rule.scope != key]
             added = merge.add(others, made).rules
             wanted = replace(
-                self._with_stored(self._wanted, stored),
+                self._with_stored(self._plane.wanted, stored),
                 ephemeral=added,
-                agents=self._wanted.agents | {key},
-                learn=self._wanted.learn | {key} if learn else self._wanted.learn - {key},
+                agents=self._plane.wanted.agents | {key},
+                learn=self._plane.wanted.learn | {key} if learn else self._plane.wanted.learn - {key},
             )
             await self._apply(wanted)
             self._ephemeral.commit(added)
@@ -339,10 +297,10 @@ class Reconciler:
         async def work(_: Sequence[Any]) -> Sequence[None]:
             left = self._ephemeral.removing(key).rules
             wanted = replace(
-                self._wanted,
+                self._plane.wanted,
                 ephemeral=left,
-                agents=self._wanted.agents - {key},
-                learn=self._wanted.learn - {key},
+                agents=self._plane.wanted.agents - {key},
+                learn=self._plane.wanted.learn - {key},
             )
             await self._apply(wanted)
             self._ephemeral.commit(left)
@@ -371,30 +329,62 @@ class Reconciler:
             close_wildcards=stored.close_wildcards,
         )
 
+    async def _apply(
+        self,
+        wanted: Wanted,
+        *,
+        write: Callable[[], object] | None = None,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> Applied:
+        try:
+            return await self._plane.apply(wanted, write=write, force=force, progress=progress)
+        finally:
+            self.version = self._plane.version
+
     async def _change_stored(
         self, change: Callable[[Sequence[Rule]], Sequence[Rule]], progress: Progress | None = None
     ) -> Applied:
-        stack = contextlib.ExitStack()
-        await asyncio.to_thread(stack.enter_context, self._store.lock())
+        held, stored, rules = await asyncio.to_thread(self._hold, change)
         try:
-            stored = await asyncio.to_thread(self._store.read)
+            wanted = replace(self._with_stored(self._plane.wanted, stored), stored=rules)
+            return await self._apply(wanted, write=partial(self._store.write, rules), progress=progress)
+        finally:
+            await asyncio.to_thread(held.close)
+
+    def _hold(
+        self, change: Callable[[Sequence[Rule]], Sequence[Rule]]
+    ) -> tuple[contextlib.ExitStack, Stored, tuple[Rule, ...]]:
+        """In a thread: lock the store, read it, and say what `change` makes of it; the caller lets go of the lock."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._store.lock())
+            stored = self._store.read()
             if stored.unreadable:
                 raise ClawkerError(
                     f"the rules are not readable ({stored.unreadable}); no rule was changed", code="RULE_STORE_WRITE"
                 )
             rules = tuple(change(stored.rules))
-            validation = validate(rules)
-            if validation.problems:
-                raise refusal(list(validation.problems))
-            wanted = replace(self._with_stored(self._wanted, stored), stored=rules)
-            return await self._apply(wanted, write=rules, progress=progress)
-        finally:
-            await asyncio.to_thread(stack.close)
+            problems = validate(rules).problems
+            if problems:
+                raise refusal(list(problems))
+            return stack.pop_all(), stored, rules
+
+    def _judge(self, change: Callable[[Sequence[Rule]], Sequence[Rule]]) -> list[Problem]:
+        stored = self._store.read()
+        if stored.unreadable:
+            raise store_failure(f"the rules are not readable ({stored.unreadable}): repair them and reload")
+        rules = tuple(change(stored.rules))
+        problems = list(validate(rules).problems)
+        if problems:
+            return problems
+        # Their order is that of what is compiled first, so that an index means the same there.
+        present = self._plane.wanted
+        return self._plane.problems(Wanted(rules, agents=present.agents, ephemeral=present.ephemeral))
 
     async def _materialise(self, payloads: Sequence[Any]) -> Sequence[BaseException | None]:
         plan = self.plan
         outcomes: list[BaseException | None] = []
-        concrete = dict(self._wanted.concrete)
+        concrete = dict(self._plane.wanted.concrete)
         for number, name in payloads:
             policy = plan.policies.get(number)
             if policy is None:
@@ -414,8 +404,8 @@ class Reconciler:
                 continue
             concrete[policy.key] = live
             outcomes.append(None)
-        if concrete != self._wanted.concrete:
-            await self._apply(replace(self._wanted, concrete=concrete))
+        if concrete != self._plane.wanted.concrete:
+            await self._apply(replace(self._plane.wanted, concrete=concrete))
         return outcomes
 
     def _room(self, live: Collection[str], policy: int, rule_id: str, limit: int, what: str) -> None:
@@ -427,187 +417,29 @@ class Reconciler:
                 hint="names that nobody uses for an hour make room; or write rules for exact names",
             )
 
-    # -- inner: compile and apply ------------------------------------------------------------
-
-    def _compile(self, wanted: Wanted, rules: Sequence[Rule]) -> Compiled | list[Problem]:
-        return compile_plan(
-            rules,
-            wanted.agents,
-            self._topology,
-            self._allocations,
-            concrete=wanted.concrete,
-            now=self._wall(),
-            learn=wanted.learning,
-            lingering=self._lingering(wanted),
-            previous=self._compiled,
-        )
-
-    def _lingering(self, wanted: Wanted) -> frozenset[str]:
-        """Policy keys under which living agents may have connections: those before, and the present one."""
-        if self._compiled is None:
-            return frozenset()
-        plan = self._compiled.plan
-        present = {plan.policies[plan.agents[agent]].key for agent in wanted.agents if agent in plan.agents}
-        return frozenset(present | {key for agent, key in wanted.former if agent in wanted.agents})
-
-    def _compile_what_holds(self) -> tuple[Compiled, tuple[Problem, ...]]:
-        return drop_until_it_compiles(self._wanted.rules, lambda rules: self._compile(self._wanted, rules))
-
-    async def _apply(
-        self,
-        wanted: Wanted,
-        *,
-        write: tuple[Rule, ...] | None = None,
-        force: bool = False,
-        progress: Progress | None = None,
-    ) -> Applied:
-        """
-        Compile and apply; on success `wanted` is what holds.
-
-        Opening: Envoy, store, kernel, gate, then Envoy lets go of what is gone. Closing: store,
-        gate, kernel, Envoy.
-        """
-        began = self._monotonic()
-        found = await asyncio.to_thread(self._compile, wanted, wanted.rules)
-        if isinstance(found, list):
-            refused = refusal(found)
-            log.warning("policy_refused", cause=str(refused), code=refused.code, apply_us=self._since(began))
-            raise refused
-        old = self.plan
-        same = found.plan == old and not self._behind
-        if same and not force:
-            if write is not None:
-                await asyncio.to_thread(self._store.write, write)
-            self._accept(wanted, found)
-            return Applied(self.version, live=self._envoy.running)
-        tables = await asyncio.to_thread(self._names.tables_for, found.plan)
-        closing = only_closes(self._wanted, wanted, old, found.plan)
-        live = self._envoy.running
-        if not closing:
-            self._names.announce(tables)
-            try:
-                await self._open(found.plan, old, began)
-                await self._persist(write, old)
-            except BaseException:
-                self._names.announce(None)
-                raise
-        else:
-            await self._persist(write, None)
-        # From here on the change is accepted: what fails is tried again, nothing is taken back.
-        if progress is not None:
-            progress.saved = True
-        previous = self._wanted
-        self._accept(outlived(wanted, old, found.plan), found)
-        if not same:
-            self.version += 1
-        if closing:
-            self._names.publish(tables)
-        # A number is durable before the kernel carries it: after a crash it must not come to mean another name.
-        await self._save(found.allocations)
-        try:
-            await self._write_kernel(found.plan)
-            await self._agents.admit(found.plan)
-            moved = moved_agents(old, found.plan)
-            if moved:
-                await self._agents.set_policies({agent: new for agent, (_, new) in moved.items()})
-            self._names.publish(tables)
-            if live and closing:
-                await self._envoy.open(found.plan)
-            if live:
-                await self._envoy.close()
-            else:
-                await self._envoy.stage(found.plan)
-            self._behind = False
-        except (ClawkerError, OSError) as failure:
-            self._fell_behind(failure)
-            raise stored_not_live(failure) from failure
-        change = Change(old, found.plan, moved, lost_destinations(old, found.plan))
-        cut = await self._agents.cut(change) if change.policies or moved else 0
-        elapsed = self._since(began)
-        touched = agents_touched(old, found.plan)
-        if not same:
-            log.info(
-                "policy_applied", version=self.version, live=live, apply_us=elapsed, agents=touched,
-                connections_cut=cut,
-            )  # fmt: skip
-            log_rules(previous.rules, wanted.rules)
-        return Applied(self.version, live, elapsed, touched, cut)
-
-    def _since(self, began: float) -> int:
-        return int((self._monotonic() - began) * 1e6)
-
-    def _accept(self, wanted: Wanted, compiled: Compiled) -> None:
-        self._compiled = compiled
-        self._unsaved = self._unsaved or compiled.allocations != self._allocations
-        self._allocations = compiled.allocations
-        self._wanted = replace(wanted, concrete=dict(compiled.live))
-
-    async def _open(self, plan: Plan, old: Plan, began: float) -> None:
-        if not self._envoy.running:
-            await self._envoy.validate(plan)
-            return
-        try:
-            await self._envoy.open(plan)
-        except ClawkerError as failure:
-            log.warning("policy_refused", cause=str(failure), code=failure.code, apply_us=self._since(began))
-            if failure.code != "RULE_INVALID":  # silence: what it may still take must be the old again
-                with contextlib.suppress(ClawkerError):
-                    await self._envoy.open(old)
-            raise
-
-    async def _persist(self, write: tuple[Rule, ...] | None, undo: Plan | None) -> None:
-        if write is None:
-            return
-        try:
-            await asyncio.to_thread(self._store.write, write)
-        except ClawkerError:
-            if undo is not None and self._envoy.running:
-                with contextlib.suppress(ClawkerError):
-                    await self._envoy.open(undo)
-                    await self._envoy.close()
-            raise
-
-    async def _write_kernel(self, plan: Plan) -> None:
-        await asyncio.to_thread(self._kernel.sync_routes, plan.routes, tuple(plan.cidrs.values()), plan.proxy_ports)
-
-    async def _save(self, allocations: Allocations) -> None:
-        """Keep the numbers on disk; a failure is tried again at the next change."""
-        try:
-            await asyncio.to_thread(self._files.save, allocations)
-            self._unsaved = False
-        except ClawkerError as failure:
-            self._unsaved = True
-            log.error("allocations_unsaved", cause=str(failure))
-
-    def _fell_behind(self, failure: BaseException) -> None:
-        self._behind = True
-        self._retry_at = self._monotonic() + RETRY_S
-        log.error("policy_behind", cause=str(failure), version=self.version, retry_s=RETRY_S)
-
     # -- inner: time -------------------------------------------------------------------------
 
     async def _tick(self) -> None:
         """Remove what has expired, retire idle names, try again what failed."""
         try:
             now = self._wall()
-            gone = merge.expire(self._wanted.stored, now).removed
+            gone = merge.expire(self._plane.wanted.stored, now).removed
             if gone:
                 await self._change_stored(lambda rules: merge.expire(rules, now).rules)
                 for rule in gone:
                     log.info("rule_expired", rule=rule.id, dst=rule.dst, scope=rule.scope)
-            left = merge.expire(self._wanted.ephemeral, now)
+            left = merge.expire(self._plane.wanted.ephemeral, now)
             if left.removed:
-                await self._apply(replace(self._wanted, ephemeral=left.rules))
+                await self._apply(replace(self._plane.wanted, ephemeral=left.rules))
                 self._ephemeral.commit(left.rules)
-            if self._behind and self._monotonic() >= self._retry_at:
-                await self._apply(self._wanted, force=True)
+            await self._plane.tend()
             if self._monotonic() >= self._idle_at:
                 self._idle_at = self._monotonic() + IDLE_CHECK_S
                 await self._retire()
-            if self._unsaved:
-                await self._save(self._allocations)
         except (ClawkerError, OSError) as failure:
-            self._fell_behind(failure)
+            self._plane.fell_behind(failure)
+        finally:
+            self.version = self._plane.version
 
     async def _retire(self) -> None:
         """Take away the listeners of concrete names that nobody has asked for or uses for an hour."""
@@ -615,11 +447,11 @@ class Reconciler:
         if not idle or not self._envoy.running:
             return
         busy = await self._envoy.busy({name for names in idle.values() for name in names})
-        concrete = dict(self._wanted.concrete)
+        concrete = dict(self._plane.wanted.concrete)
         for number, names in idle.items():
             policy = self.plan.policies.get(number)
             if policy is not None and policy.key in concrete:
                 live = concrete[policy.key]
                 concrete[policy.key] = replace(live, names=live.names - (names - busy))
-        if concrete != self._wanted.concrete:
-            await self._apply(replace(self._wanted, concrete=concrete))
+        if concrete != self._plane.wanted.concrete:
+            await self._apply(replace(self._plane.wanted, concrete=concrete))
