@@ -50,8 +50,6 @@ FOREIGN = {
 LIMITS = {".py": 500, ".pyx": 400, ".bpf.c": 150, ".h": 300}
 # Files above their limit, and how far: they may shrink, not grow.
 LARGER = {
-    "engines/host/engine.py": 560,
-    "engines/docker_client.py": 510,  # the verbs of one API, a few lines each
     "bpf/clawker_abi.h": 360,  # the one header: half of it is comments with units and examples
 }
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}

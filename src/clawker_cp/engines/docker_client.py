@@ -23,14 +23,7 @@ import requests
 from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
 
 from clawker_cp.engines.docker_wire import Call, EventStream, Json, innermost, mapping, mappings, refusal
-from clawker_cp.errors import (
-    CapacityExceeded,
-    ClawkerError,
-    DeadlineExceeded,
-    InvalidInput,
-    Unavailable,
-    Unsupported,
-)
+from clawker_cp.errors import CapacityExceeded, ClawkerError, DeadlineExceeded, InvalidInput, Unavailable, Unsupported
 
 T = TypeVar("T")
 
@@ -71,7 +64,7 @@ def socket_path(endpoint: str) -> str:
     return path
 
 
-class _Connection(UnixHTTPConnection):  # type: ignore[misc]
+class _Connection(UnixHTTPConnection):  # type: ignore[misc]  # the SDK has no types
     """The SDK's connection, which tells the thread's present call about itself."""
 
     call: threading.local
@@ -98,7 +91,7 @@ class _Connection(UnixHTTPConnection):  # type: ignore[misc]
             call.begin(self)
 
 
-class _Pool(UnixHTTPConnectionPool):  # type: ignore[misc]
+class _Pool(UnixHTTPConnectionPool):  # type: ignore[misc]  # the SDK has no types
     call: threading.local
 
     def _new_conn(self) -> _Connection:
@@ -107,7 +100,7 @@ class _Pool(UnixHTTPConnectionPool):  # type: ignore[misc]
         return made
 
 
-class _Adapter(UnixHTTPAdapter):  # type: ignore[misc]
+class _Adapter(UnixHTTPAdapter):  # type: ignore[misc]  # the SDK has no types
     """The SDK's transport over our connections; one per thread, so one pool is enough."""
 
     def __init__(self, path: str, timeout_s: float | None, call: threading.local) -> None:
@@ -310,9 +303,7 @@ class DockerClient:
 
     async def disconnect(self, network: str, container: str, *, force: bool = False) -> None:
         await self._on(
-            container,
-            "disconnect",
-            lambda sdk, it: sdk.disconnect_container_from_network(it, network, force=force),
+            container, "disconnect", lambda sdk, it: sdk.disconnect_container_from_network(it, network, force=force)
         )
 
     async def remove_network(self, reference: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -23,13 +22,13 @@ import structlog
 
 from clawker_cp.engines.base import AgentNetwork, RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
-from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.engines.host.filesystem import check_view, etc_files
 from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.engines.host.publish import Publisher
 from clawker_cp.engines.host.records import read_record, write_record
 from clawker_cp.engines.host.ring import DEFAULT_GROUP, HostRing, forwarding, set_forwarding
 from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets, list_sockets
+from clawker_cp.engines.host.spec_check import check_spec
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
 
 log = structlog.get_logger()
@@ -38,11 +37,7 @@ PREFIX = "clawker"
 KILL_LIMIT_S = 5.0
 ENDED_KEPT = 1024
 MAX_SIGNAL = 64
-MAX_PORT = 65535
-MAX_ID = 2**32 - 1
 TELL_LIMIT_S = 1.0
-_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
-_VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 FORWARDING_MARK = "forwarding-before"
 
 
@@ -189,7 +184,8 @@ class HostEngine:
 
         Raises `InvalidInput` for a spec that cannot be, `Conflict` for a name in use.
         """
-        self._check(spec)
+        check_spec(spec)
+        check_view(spec, self._masked)
         async with self._creating:
             for other in self._sandboxes.values():
                 if (other.project, other.agent) == (spec.project, spec.agent):
@@ -350,10 +346,6 @@ class HostEngine:
 
     # -- inner --------------------------------------------------------------------------------
 
-    def _check(self, spec: SandboxSpec) -> None:
-        check_spec(spec)
-        check_view(spec, self._masked)
-
     def _lay_out(self, sandbox: Sandbox) -> None:
         spec, etc, home = sandbox.spec, sandbox.directory / "etc", sandbox.directory / "home"
         try:
@@ -476,33 +468,3 @@ class HostEngine:
             if mark.read_text().strip() == "0":
                 set_forwarding(on=False)
             mark.unlink()
-
-
-def check_spec(spec: SandboxSpec) -> None:
-    """
-    Raise `InvalidInput` with every problem of a spec's own fields, each named.
-    """
-    problems = []
-    if spec.project and not _NAME.match(spec.project):
-        problems.append(f"--project: {spec.project!r} is not a name")
-    if not _NAME.match(spec.agent):
-        problems.append(f"--agent: {spec.agent!r} is not a name")
-    if not spec.argv or not spec.argv[0]:
-        problems.append("no command to run: write it after --")
-    if any("\0" in text for text in (*spec.argv, *spec.env, *spec.env.values(), spec.workdir)):
-        problems.append("command, environment, workdir: NUL bytes are not possible")
-    problems += [f"--env: {name!r} is not a variable name" for name in spec.env if not _VARIABLE.match(name)]
-    if spec.uid == 0 and not spec.allow_root:
-        problems.append("the command would run as root: add --allow-root if that is meant")
-    if not (0 <= spec.uid < MAX_ID and 0 <= spec.gid < MAX_ID):
-        problems.append(f"--user: {spec.uid}:{spec.gid} is out of range")
-    unknown = set(spec.capabilities or ()) - set(DOCKER_CAPABILITIES)
-    if unknown:
-        problems.append(f"capabilities: {', '.join(sorted(unknown))} would be a way out, or unknown")
-    if min(spec.limits.memory_bytes, spec.limits.cpu_percent, spec.limits.pids) < 0:
-        problems.append("limits: are not negative")
-    for item in spec.publish:
-        if not 1 <= item.port <= MAX_PORT or not 0 <= item.host_port <= MAX_PORT:
-            problems.append(f"--publish {item.host_port}:{item.port}: is not [HOST_PORT:]PORT")
-    if problems:
-        raise InvalidInput("; ".join(problems))
