@@ -497,6 +497,21 @@ async def test_proxy_view(world: World) -> None:
     assert world.kernel.rows == {}
 
 
+async def test_the_proxy_view_may_be_the_proxys_alone() -> None:
+    """Where others get to its address as well, whoever is not the proxy is refused, whatever it asks."""
+    async with running(proxy_view_client="127.0.0.1") as world:
+        port = world.gate.proxy_view_port
+        proxys = await world.ask("api.example.com", client="127.0.0.1", port=port)
+        others = [await world.ask("api.example.com", client=AGENT, port=port, tcp=tcp) for tcp in (False, True)]
+        asked = len(world.resolver.asked)
+        await world.ask("short.example.com", client=STRANGER, port=port)
+
+    assert addresses(proxys) == ["203.0.113.7"]
+    for other in others:
+        assert (other.rcode(), extended_error(other)) == (dns.rcode.REFUSED, (18, "clawker: unknown client"))
+    assert len(world.resolver.asked) == asked
+
+
 async def test_waiting_questions_are_bounded() -> None:
     """An agent that makes too many questions wait gets SERVFAIL for the rest; others are not affected."""
     async with running(waiting_per_agent=5, try_s=5.0) as world:

@@ -133,6 +133,7 @@ class Judge:
         self._records = records
         self._reserved = ReservedNames(settings, internal)
         self._ipv6 = settings.ipv6
+        self._proxy_client = settings.proxy_view_client
         self._clock_ns = clock_ns
         self._wall_ns = wall_ns
         self._admits = AddressFilter()
@@ -175,11 +176,13 @@ class Judge:
         judged before, so it is not counted a second time.
         """
         agent: AgentView | None = None
-        if not proxy:
+        if proxy:
+            if self._proxy_client and client != self._proxy_client:
+                return self._refuse(query, client, began_ns, limit)
+        else:
             agent = self._agents.by_address(client)
             if agent is None:
-                self.counts.unknown_client += 1
-                return self._say(query, client, None, UNKNOWN_CLIENT, began_ns, REFUSED, option=_UNKNOWN, limit=limit)
+                return self._refuse(query, client, began_ns, limit)
             if agent.quarantined and query.name != CONTROL_PLANE and not query.rcode:
                 return self._deny(query, client, agent, QUARANTINED, began_ns, limit)
         name = query.name
@@ -224,6 +227,11 @@ class Judge:
                 return self._without_data(query, client, agent, verdict, began_ns, limit, bypassed)
             return FORWARD
         return self._release(query, client, agent, verdict, known, began_ns, limit, bypassed, answer is None)
+
+    def _refuse(self, query: Query, client: str, began_ns: int, limit: int) -> bytes:
+        """Answer somebody who has nothing to ask here."""
+        self.counts.unknown_client += 1
+        return self._say(query, client, None, UNKNOWN_CLIENT, began_ns, REFUSED, option=_UNKNOWN, limit=limit)
 
     def fail(self, query: Query, client: str, wait: Wait | None, began_ns: int, *, proxy: bool, limit: int) -> bytes:
         """Answer SERVFAIL for what could not be waited for; `wait` None = too many are waiting."""

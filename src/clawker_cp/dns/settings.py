@@ -27,13 +27,15 @@ class GateSettings:
     Everything the gate needs besides its collaborators.
 
     Forwarders are `ADDRESS`, `ADDRESS:PORT` or `[ADDRESS]:PORT`. `address` empty: no agents' side.
-    `proxy_view_port` 0: no proxy view. Ports of -1 let the kernel choose (tests).
+    `proxy_view_port` 0: no proxy view; `proxy_view_client`: who alone may ask there, "" = whoever gets there. Ports
+    of -1 let the kernel choose (tests).
     """
 
     address: str = ""
     port: int = 53
     proxy_view_address: str = "127.0.0.1"
     proxy_view_port: int = 9953
+    proxy_view_client: str = ""
     forwarders: tuple[str, ...] = DEFAULT_FORWARDERS
     zones: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # zone -> its own forwarders
     front: str = ""  # who is asked before all of them: CoreDNS, "" = nobody

@@ -13,6 +13,7 @@ from clawker_cp.config import Directories, Settings, environment, load_settings
 from clawker_cp.dns.settings import BudgetSettings, GateSettings
 from clawker_cp.engines.base import AgentNetwork, HostFeature, SandboxSpec
 from clawker_cp.errors import InvalidInput, Unsupported
+from clawker_cp.wiring.placement import LOOPBACK
 
 NO_RULES = "rules: []\n"
 
@@ -31,9 +32,7 @@ def load_configuration(*, config_dir: Path | None = None, data_dir: Path | None 
     return load_settings(directories, environment()), directories
 
 
-def gate_settings(
-    settings: Settings, network: AgentNetwork, *, front: str = "", view: str = "127.0.0.1"
-) -> GateSettings:
+def gate_settings(settings: Settings, network: AgentNetwork, *, front: str = "", view: str = LOOPBACK) -> GateSettings:
     """
     The gate's settings from the operator's, the agents' network, and the stack: whom it asks first, and where the
     proxy asks it.
@@ -42,6 +41,8 @@ def gate_settings(
     return GateSettings(
         address=network.dns,
         proxy_view_address=view,
+        # On loopback only this host's programs get there; at an address of the network everything on it does.
+        proxy_view_client="" if view == LOOPBACK else network.proxy,
         proxy_view_port=settings.dns.proxy_view_port,
         forwarders=tuple(settings.dns.forwarders),
         zones={zone: tuple(servers) for zone, servers in settings.dns.zones.items()},

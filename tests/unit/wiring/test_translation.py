@@ -47,6 +47,15 @@ def test_the_gate_has_the_operators_numbers() -> None:
     assert addresses == ("10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.1")
 
 
+def test_where_others_get_to_the_proxys_view_only_the_proxy_may_ask() -> None:
+    """On loopback it is this host's; at an address of the network it is the proxy's container's."""
+    network = AgentNetwork("n", "10.0.0.0/24", "10.0.0.1", "b", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
+    own, shared = gate_settings(Settings(), network), gate_settings(Settings(), network, view="10.0.0.4")
+
+    assert (own.proxy_view_address, own.proxy_view_client) == ("127.0.0.1", "")
+    assert (shared.proxy_view_address, shared.proxy_view_client) == ("10.0.0.4", "10.0.0.2")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
