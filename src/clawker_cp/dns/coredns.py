@@ -12,6 +12,8 @@ from dataclasses import dataclass
 # As a child of this server (ruling R5); as a container it has an address of its own and the usual ports.
 CHILD_ADDRESS, CHILD_PORT, CHILD_HEALTH_PORT, CHILD_METRICS_PORT = "127.0.0.1", 9954, 9955, 9956
 
+CACHED_ANSWERS, CACHED_MAX_S = 10_000, 3600
+
 
 @dataclass(frozen=True, slots=True)
 class CoreDnsPlace:
@@ -31,7 +33,7 @@ def corefile(
 
     A forwarder that is down is noticed by asking it (`health_check`) and left out after one failure: with the
     defaults CoreDNS repeats against a closed port as fast as it can. Negative answers are not kept: the gate decides
-    how long a name is unknown.
+    how long a name is unknown. Others are kept as long as they say: by default CoreDNS makes that 5 s at least.
     """
     blocks = [_block(zone.strip("."), servers, place, last=False) for zone, servers in sorted(zones.items())]
     return "\n".join([*blocks, _block("", forwarders, place, last=True)])
@@ -42,7 +44,7 @@ def _block(zone: str, forwarders: Sequence[str], place: CoreDnsPlace, *, last: b
         f"bind {place.address}",
         "errors",
         "bufsize 1232",
-        "cache {\n        disable denial\n    }",
+        f"cache {{\n        success {CACHED_ANSWERS} {CACHED_MAX_S} 0\n        disable denial\n    }}",
         f"forward . {' '.join(forwarders)} {{\n        max_fails 1\n        health_check 500ms\n    }}",
     ]
     if last:

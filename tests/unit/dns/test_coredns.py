@@ -25,6 +25,13 @@ def test_a_dead_forwarder_is_left_out_and_denials_are_not_kept() -> None:
     assert text.count("max_fails 1") == text.count("health_check 500ms") == text.count("disable denial") == 2
 
 
+def test_answers_are_kept_as_long_as_they_say() -> None:
+    """No least time: a name that moves every second is asked for every second."""
+    text = corefile(("198.51.100.53",), {"a.example": ("10.0.0.53",)})
+
+    assert text.count("success 10000 3600 0\n") == 2
+
+
 def test_it_listens_where_it_is_told() -> None:
     """As a container it has an address of its own and the usual ports."""
     text = corefile(("198.51.100.53",), {}, CoreDnsPlace("10.231.96.201", 53, 18902, 9153))
