@@ -8,6 +8,7 @@ image; they need the Docker engine.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import structlog
 from clawker_cp.config import Directories, Settings
 from clawker_cp.dns.coredns import CHILD_ADDRESS, CHILD_PORT, CoreDnsPlace, corefile
 from clawker_cp.engines.base import AgentNetwork
+from clawker_cp.engines.docker.network import fixed_address
 from clawker_cp.engines.docker.siblings import COREDNS, ENVOY, Bind, Sibling
 from clawker_cp.engines.docker.stack import SiblingProcess, remove_sibling
 from clawker_cp.engines.host.engine import HostEngine
@@ -135,6 +137,7 @@ def _containers(
     host: Directories,
     admit: Callable[[str], Awaitable[None]],
 ) -> Stack:
+    _refuse_loopback(settings)
     network, user = engine.network, f"{os.geteuid()}:{os.getegid()}"
     options = _options(settings, directories, network, directories.firewall / "envoy" / ROOTS, network.cp)
     on_host = host.firewall / "envoy"
@@ -150,8 +153,7 @@ def _containers(
         published={options.health_port: ENVOY_HEALTH},
         user=user,
     )
-    address = f"{network.gateway.rpartition('.')[0]}.{settings.network.octets.dns}"
-    place = CoreDnsPlace(address, DNS_PORT, COREDNS_HEALTH, METRICS_PORT)
+    place = CoreDnsPlace(fixed_address(network, settings.network.octets.dns), DNS_PORT, COREDNS_HEALTH, METRICS_PORT)
     config = directories.firewall / "coredns"
     resolver = Sibling(
         name=COREDNS,
@@ -178,6 +180,20 @@ def _containers(
         view=network.cp,
         end_other=partial(_end_process, directories.firewall / PID_FILE),
     )
+
+
+def _refuse_loopback(settings: Settings) -> None:
+    keys = {"dns.forwarders": settings.dns.forwarders}
+    keys |= {f"dns.zones.{zone}": servers for zone, servers in settings.dns.zones.items()}
+    for key, servers in keys.items():
+        for server in servers:
+            address = ipaddress.ip_address(server)
+            address = getattr(address, "ipv4_mapped", None) or address
+            if address.is_loopback or address.is_unspecified:
+                raise InvalidInput(
+                    f"{key}: {server} is {COREDNS} itself where stack is container",
+                    hint="name a server that the container reaches, or set stack to embedded",
+                )
 
 
 async def _end_process(mark: Path) -> None:

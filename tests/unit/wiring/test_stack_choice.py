@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from clawker_cp.config import Directories, DnsSettings, Settings
+from clawker_cp.config import Directories, DnsSettings, NetworkSettings, Octets, Settings
 from clawker_cp.engines.base import AgentNetwork
 from clawker_cp.engines.docker.engine import DockerEngine
 from clawker_cp.engines.docker.stack import SiblingProcess
 from clawker_cp.engines.docker_client import DockerClient
 from clawker_cp.engines.host.engine import HostEngine
-from clawker_cp.errors import InvalidInput
+from clawker_cp.errors import Conflict, InvalidInput
 from clawker_cp.processes.coredns import CoreDnsChild
 from clawker_cp.processes.lasting import LastingProcess
 from clawker_cp.wiring.coredns_container import CoreDnsContainer
@@ -90,6 +90,26 @@ def test_a_container_needs_to_know_the_hosts_paths(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="CLAWKER_HOST_DATA_DIR, CLAWKER_HOST_CACHE_DIR"):
         host_directories(own, IN_CONTAINER, some)
     assert host_directories(own, Placement(), {}) == own
+
+
+@pytest.mark.parametrize("address", ["127.0.0.53", "::1", "::ffff:127.0.0.1", "0.0.0.0"])
+def test_a_containers_loopback_is_nobodys_forwarder(tmp_path: Path, address: str) -> None:
+    """The key is named, of the zone as well; a process of ours reaches what listens on this machine."""
+    for key, dns in (
+        ("dns.forwarders", DnsSettings(forwarders=["198.51.100.53", address])),
+        ("dns.zones.corp.example", DnsSettings(zones={"corp.example": [address]})),
+    ):
+        with pytest.raises(InvalidInput, match=f"^{key}: {address} is clawker-coredns itself") as refused:
+            _choose(tmp_path, Settings(stack="container", dns=dns))
+        assert "stack to embedded" in refused.value.hint
+        assert _choose(tmp_path, Settings(dns=dns)).coredns is None
+
+
+def test_each_container_has_an_address_of_the_network(tmp_path: Path) -> None:
+    """An octet that the subnet does not have is named, before anything is made."""
+    settings = Settings(stack="container", network=NetworkSettings(octets=Octets(dns=1)))
+    with pytest.raises(Conflict, match=r"network\.octets: 10\.231\.96\.1 is no free address"):
+        _choose(tmp_path, settings)
 
 
 def test_sandboxes_have_no_containers(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from clawker_cp.config import NetworkSettings
 from clawker_cp.engines.base import AgentNetwork
 from clawker_cp.engines.docker.containers import MANAGED, networks_of, section, text
 from clawker_cp.engines.docker_client import DockerClient
-from clawker_cp.errors import Conflict, InvalidInput
+from clawker_cp.errors import ClawkerError, Conflict, InvalidInput
 
 log = structlog.get_logger()
 
@@ -126,6 +126,20 @@ def addresses(plan: Plan, *, own: IPv4Address | None, proxy: IPv4Address | None 
     )
 
 
+def fixed_address(network: AgentNetwork, octet: int) -> str:
+    """
+    The address with that last octet on the agents' network. Raises `Conflict` where there is none.
+    """
+    return str(Plan("", "", IPv4Network(network.subnet), IPv4Address(network.gateway)).static(octet))
+
+
+def is_static_refused(error: ClawkerError) -> bool:
+    """
+    Whether the engine refused a fixed address because the network was made without a subnet (ruling R2).
+    """
+    return "user configured subnet" in error.message.lower()
+
+
 async def ensure_network(
     client: DockerClient,
     settings: NetworkSettings,
@@ -177,8 +191,7 @@ async def _join(client: DockerClient, plan: Plan, octet: int, container: str) ->
     try:
         await client.connect(plan.id, container, address=str(wanted))
     except InvalidInput as error:
-        # The engine gives static addresses only on networks made with a subnet: take what it assigns.
-        if "subnet" not in str(error).lower():
+        if not is_static_refused(error):
             raise
         log.info("engines_network_static_refused", wanted=str(wanted), cause=str(error))
         await client.connect(plan.id, container)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import orjson
 
 from clawker_cp.engines.base import AgentNetwork
-from clawker_cp.engines.docker.containers import LABEL, MANAGED, address_on, labels_of, section
+from clawker_cp.engines.docker.containers import LABEL, MANAGED, address_on, labels_of, section, text
 
 ENVOY, COREDNS = "clawker-envoy", "clawker-coredns"
 LABELS = {**MANAGED, f"{LABEL}purpose": "firewall"}
@@ -57,10 +57,12 @@ class Sibling:
 def creation(sibling: Sibling, network: AgentNetwork, image_id: str, digest: str) -> dict[str, Any]:
     """
     The engine's create request, with the digest of all of it, of the image and of what it is started with as label.
+
+    The image is named by its id: a tag may be another one's by the time the engine looks it up again.
     """
     program, *words = sibling.command
     body: dict[str, Any] = {
-        "Image": sibling.image,
+        "Image": image_id,
         "Entrypoint": [program],
         "Cmd": words,
         "User": sibling.user,
@@ -86,10 +88,19 @@ def creation(sibling: Sibling, network: AgentNetwork, image_id: str, digest: str
         },
         "NetworkingConfig": {"EndpointsConfig": {network.id: {"IPAMConfig": {"IPv4Address": sibling.address}}}},
     }
+    spec = orjson.dumps({**body, "digest": digest}, option=orjson.OPT_SORT_KEYS)
     # The name of an image says nothing about what is in it.
-    spec = {**body, "Image": image_id, "digest": digest}
-    body["Labels"][SPEC] = hashlib.sha256(orjson.dumps(spec, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    body["Labels"] |= {SPEC: hashlib.sha256(spec).hexdigest(), f"{LABEL}image": sibling.image}
     return body
+
+
+def is_named_by(reference: str, image: Mapping[str, Any]) -> bool:
+    """
+    Whether the engine's record of an image has the digest of `NAME@DIGEST`; a reference without one says nothing.
+    """
+    digest = reference.partition("@")[2]
+    known = {text(one).partition("@")[2] for one in image.get("RepoDigests") or ()}
+    return not digest or digest in known
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,15 @@ import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
 from clawker_cp.engines.base import AgentNetwork
 from clawker_cp.engines.docker.containers import number, section, text
-from clawker_cp.engines.docker.siblings import STOP_S, Sibling, creation, decide, is_ours, runs
+from clawker_cp.engines.docker.network import NAME as NETWORK
+from clawker_cp.engines.docker.network import is_static_refused
+from clawker_cp.engines.docker.siblings import STOP_S, Sibling, creation, decide, is_named_by, is_ours, runs
 from clawker_cp.engines.docker_client import DockerClient
 from clawker_cp.engines.host.process import start_time, wait_gone
 from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable, Unsupported
@@ -149,14 +151,22 @@ class SiblingProcess:
     async def _image_id(self) -> str:
         image = self._sibling.image
         try:
-            return text((await self._client.image_inspect(image)).get("Id"))
+            record = await self._client.image_inspect(image)
         except NotFound as error:
             raise Unsupported(
                 f"the engine does not have the image {image} of {self.name}",
                 feature="stack",
                 needs=image,
-                hint=f"docker pull {image}, or set stack: embedded",
+                hint=f"docker pull {image}, or set stack to embedded",
             ) from error
+        if not is_named_by(image, record):
+            raise Unsupported(
+                f"what the engine has as {image} for {self.name} has another digest",
+                feature="stack",
+                needs=image,
+                hint=f"docker pull {image}",
+            )
+        return text(record.get("Id"))
 
     async def _make(self, body: dict[str, Any]) -> str:
         container = await self._client.create(self.name, body)
@@ -166,9 +176,15 @@ class SiblingProcess:
             # Its address, its ports or its program cannot be had: nothing stays that would come back by itself.
             with suppress(ClawkerError):
                 await self._client.remove(container, force=True)
+            if is_static_refused(error):
+                raise Conflict(
+                    f"{self.name} cannot have {self._sibling.address}: {NETWORK} was made without a subnet",
+                    hint=f"docker network rm {NETWORK} when nothing is on it, and the next start makes it anew; "
+                    "or set stack to embedded",
+                ) from error
             raise Unavailable(
                 f"{self.name} cannot be started: {error.message}",
-                hint=f"its address is {self._sibling.address} on clawker-net, its image {self._sibling.image}",
+                hint=f"its address is {self._sibling.address} on {NETWORK}, its image {self._sibling.image}",
             ) from error
         return container
 
@@ -192,7 +208,15 @@ class SiblingProcess:
             life.over = not runs(state) or text(state.get("StartedAt")) != life.started_at
 
 
-async def remove_sibling(client: DockerClient, name: str) -> bool:
+class Remover(Protocol):
+    """The part of `DockerClient` that takes a container away."""
+
+    async def inspect(self, reference: str) -> dict[str, Any]: ...
+    async def stop(self, reference: str, *, grace_s: int = 10) -> None: ...
+    async def remove(self, reference: str, *, force: bool = False) -> None: ...
+
+
+async def remove_sibling(client: Remover, name: str) -> bool:
     """
     End and remove the container of that name, unless it is somebody else's; True when there was one.
     """
@@ -203,14 +227,14 @@ async def remove_sibling(client: DockerClient, name: str) -> bool:
     return True
 
 
-async def _record(client: DockerClient, name: str) -> dict[str, Any] | None:
+async def _record(client: Remover, name: str) -> dict[str, Any] | None:
     try:
         return await client.inspect(name)
     except NotFound:
         return None
 
 
-async def _remove(client: DockerClient, container: str) -> None:
+async def _remove(client: Remover, container: str) -> None:
     with suppress(NotFound):
         with suppress(Conflict):  # it is on its way out, or frozen; removing does that too
             await client.stop(container, grace_s=STOP_S)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from clawker_cp.engines.base import AgentNetwork
-from clawker_cp.engines.docker.siblings import SPEC, Bind, Sibling, creation, decide, is_ours
+from clawker_cp.engines.docker.siblings import SPEC, Bind, Sibling, creation, decide, is_named_by, is_ours
 
 NETWORK = AgentNetwork("n", "10.231.96.0/20", "10.231.96.1", "br-n", "10.231.96.200", "10.231.96.1", "10.231.96.1")
 SIBLING = Sibling(
@@ -68,6 +68,16 @@ def test_whatever_differs_makes_another_spec(sibling: Sibling, image: str, diges
     assert other["Labels"][SPEC] != BODY["Labels"][SPEC] == same["Labels"][SPEC]
     assert decide(record(body=other), BODY, NETWORK).drift
     assert len(BODY["Labels"][SPEC]) == 64
+
+
+def test_an_image_is_named_by_what_is_in_it() -> None:
+    """The engine is told the id that was looked at; a digest has to be the image's own, a tag may be anything."""
+    image = {"Id": "sha256:a", "RepoDigests": ["envoy@sha256:d", "mirror/envoy@sha256:e"]}
+
+    assert (BODY["Image"], BODY["Labels"]["dev.clawker.image"]) == ("sha256:a", "envoy:1")
+    assert is_named_by("envoy:1", image) and is_named_by("envoy:1", {})
+    assert is_named_by("envoy@sha256:d", image) and is_named_by("envoy:1@sha256:e", image)
+    assert not is_named_by("envoy@sha256:f", image) and not is_named_by("envoy@sha256:d", {"RepoDigests": None})
 
 
 def test_the_wanted_one_is_adopted_woken_or_started() -> None:
