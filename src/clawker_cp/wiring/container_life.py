@@ -21,6 +21,8 @@ import orjson
 from clawker_cp.config import Directories, Settings
 from clawker_cp.engines.base import AgentNetwork
 from clawker_cp.engines.docker.network import read_plan
+from clawker_cp.engines.docker.siblings import COREDNS, ENVOY, is_ours
+from clawker_cp.engines.docker.stack import remove_sibling
 from clawker_cp.engines.docker_client import endpoint_from, socket_path
 from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput, NotFound, Unavailable, Unsupported
 from clawker_cp.pki.tree import AuthTree
@@ -127,14 +129,15 @@ class ContainerLife:
 
     async def down(self) -> Outcome:
         """
-        Stop the server, which drains, and remove its container.
+        Stop the server, which drains, and remove its container; what carried traffic for one that died goes as well.
 
         Raises `Conflict` naming the agents that run: without a control plane they would be denied everything new.
         """
         existing = await self._recover()
-        if existing is None:
+        if existing is not None:
+            refuse_foreign(existing)
+        elif await asyncio.to_thread(runs_on_host, self._pid_file) or not await self._siblings():
             return Outcome("absent")
-        refuse_foreign(existing)
         running = await self.agents()
         if running:
             raise Conflict(
@@ -143,14 +146,24 @@ class ContainerLife:
                 hint="stop them first. The kernel would go on enforcing without a control plane, and deny them "
                 "every name and every proxied connection",
             )
-        await self._docker.stop(NAME, grace_s=STOP_S)
-        await self._docker.remove(NAME)
-        return Outcome("removed", container_id=str(existing["Id"]))
+        if existing is not None:
+            await self._docker.stop(NAME, grace_s=STOP_S)
+            await self._docker.remove(NAME)
+        left = await self._siblings()
+        for name in left:
+            await remove_sibling(self._docker, name)
+        why = f"{' and '.join(left)} had been left" if left else ""
+        return Outcome("removed", why, str(existing["Id"])) if existing is not None else Outcome("absent", why)
 
     async def agents(self) -> list[str]:
         """Names of the agents' containers that run or are paused."""
         found = await self._docker.list_containers(labels={MANAGED: "true", PURPOSE: "agent"})
         return sorted(str((one.get("Names") or [one["Id"][:12]])[0]).lstrip("/") for one in found)
+
+    async def _siblings(self) -> list[str]:
+        """Names of the containers that are there to carry the traffic of a server."""
+        found = [(name, await self._find(name)) for name in (ENVOY, COREDNS)]
+        return [name for name, record in found if record is not None and is_ours(record)]
 
     async def state(self) -> dict[str, Any] | None:
         """The container as `clawkerctl status` shows it; None when there is none."""
@@ -312,17 +325,26 @@ def refuse_server_on_host(pid_file: Path) -> None:
     """
     Raise `Conflict` when a server runs on the host itself: it holds the pid file, and the pins.
     """
-    try:
-        with pid_file.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if runs_on_host(pid_file):
         raise Conflict(
             f"a control plane runs on this host already, outside of a container (see {pid_file})",
             code="ALREADY_RUNNING",
             hint=f"end it first: kill $(cat {pid_file}); enforcement stays while agents run",
-        ) from error
+        )
+
+
+def runs_on_host(pid_file: Path) -> bool:
+    """
+    Whether a server runs on the host itself.
+    """
+    try:
+        with pid_file.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except OSError:
-        return
+        return False
+    return False
 
 
 def refuse_without_bpffs(path: Path) -> None:
