@@ -23,6 +23,8 @@ from clawker_cp.engines.docker import network as agents_network
 from clawker_cp.engines.docker.containers import identity_problem
 from clawker_cp.engines.docker.engine import DockerEngine
 from clawker_cp.engines.docker.network import ensure_network
+from clawker_cp.engines.docker.siblings import ENVOY, Sibling
+from clawker_cp.engines.docker.stack import SiblingProcess
 from clawker_cp.engines.docker_client import DockerClient
 from clawker_cp.engines.dockerevents import DockerEvent, DockerEventFeeder
 from clawker_cp.errors import CapacityExceeded, Conflict, DeadlineExceeded, NotFound, Unavailable
@@ -127,8 +129,15 @@ async def test_control_plane_container_gets_its_static_address(docker: DockerWor
     assert (again.proxy, again.dns, again.cp) == ("10.231.96.200", "10.231.96.202", "10.231.96.202")
 
 
+async def _nobody(_container: str) -> None:
+    raise AssertionError("nothing is admitted that does not run")
+
+
 async def test_network_without_a_subnet_of_ours_gives_what_the_engine_assigns(docker: DockerWorld) -> None:
-    """On an adopted network the engine refuses static addresses: the assigned one is read back and used (R2)."""
+    """
+    On an adopted network the engine refuses static addresses: the assigned one is read back and used (R2). A proxy of
+    its own cannot be had there, for its address is part of what agents are told before it runs.
+    """
     client = await asyncio.to_thread(sdk.APIClient, base_url=docker.endpoint, version="1.41")
     await asyncio.to_thread(
         client.create_network, NET, driver="bridge", options={"com.docker.network.bridge.name": "ck-adopted"}
@@ -137,7 +146,14 @@ async def test_network_without_a_subnet_of_ours_gives_what_the_engine_assigns(do
     own = await docker.run("clawker-controlplane", "sleep", "1000")
     network = await ensure_network(docker.client, NetworkSettings(), own_container_id=own)
     record = await docker.client.inspect(own)
+    beside = await ensure_network(docker.client, NetworkSettings(), own_container_id=own, stack="container")
+    sibling = Sibling(ENVOY, docker_world.IMAGE, beside.proxy, ("sleep", "1000"), (), {}, "0:0")
+    with pytest.raises(Conflict, match=r"clawker-envoy cannot have .*\.200: clawker-net was made without") as refused:
+        await SiblingProcess(docker.client, beside, sibling, admit=_nobody).start("")
+    with pytest.raises(NotFound):
+        await docker.client.inspect(ENVOY)
 
+    assert "docker network rm clawker-net" in refused.value.hint
     assert network.bridge == "ck-adopted"
     assert network.cp == record["NetworkSettings"]["Networks"][NET]["IPAddress"] != ""
     assert network.cp.rpartition(".")[2] != "202"

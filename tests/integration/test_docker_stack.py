@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import pytest_asyncio
 import structlog
 
 from clawker_cp.config import Directories, Settings
-from clawker_cp.engines.docker.siblings import COREDNS, ENVOY, SPEC
+from clawker_cp.engines.docker.siblings import COREDNS, ENVOY, SPEC, Sibling
 from clawker_cp.engines.docker.stack import SiblingProcess
 from clawker_cp.errors import NotFound, Unavailable, Unsupported
 from clawker_cp.firewall.envoy.stack import EnvoyStack
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
-from clawker_cp.testing.docker_world import DockerWorld, missing
+from clawker_cp.testing.docker_world import DockerWorld, image_archive, missing
+from clawker_cp.testing.image_registry import image_registry
 from clawker_cp.testing.peers import WHY, peer
 from clawker_cp.testing.plan_world import build, rule
 from clawker_cp.testing.served import serving
@@ -89,7 +91,7 @@ class Driven:
 
     def choose(self, **envoy: Any) -> Stack:
         settings = _settings(**envoy)
-        return chosen_stack(settings, self.directories, self.host, Placement(), {}, admit=self._admit)
+        return chosen_stack(settings, self.directories, self.host, Placement(), {}, admit=self.admit)
 
     async def started(self, **envoy: Any) -> tuple[EnvoyStack, SiblingProcess]:
         stack = self.choose(**envoy)
@@ -102,7 +104,7 @@ class Driven:
     async def record(self) -> dict[str, Any]:
         return await self.host.client.inspect(ENVOY)
 
-    async def _admit(self, container: str) -> None:
+    async def admit(self, container: str) -> None:
         self.admitted.append(container)
 
 
@@ -242,6 +244,25 @@ async def test_what_cannot_be_started_says_why_and_leaves_nothing(driven: Driven
     with pytest.raises(NotFound):
         await driven.record()
     await driven.host.client.remove(squatter, force=True)
+
+
+async def test_an_image_may_be_named_by_digest(driven: Driven, machine: DockerMachine) -> None:
+    """Pulled by digest it is that image's content that runs, and is adopted; another digest is not to be had."""
+    client, network = driven.host.client, driven.host.network
+    async with image_registry(machine.machine.host, image_archive()) as reference:
+        pulled = await machine.machine.host.run(["docker", "pull", reference], env=machine.machine.environment)
+    assert pulled.code == 0, pulled.err
+    sibling = Sibling(ENVOY, reference, network.proxy, ("/bin/sleep", "1000"), (), {}, "0:0")
+    process = SiblingProcess(client, network, sibling, admit=driven.admit)
+    adopted = [await process.start("digest") for _ in range(2)]
+    record, image = await driven.record(), await client.image_inspect(reference)
+    await process.stop()
+    other = replace(sibling, image=reference[:-64] + reference[:-65:-1])
+
+    assert adopted == [False, True]
+    assert record["Image"] == image["Id"] and record["Config"]["Labels"]["dev.clawker.image"] == reference
+    with pytest.raises(Unsupported, match="does not have the image 127.0.0.1:5000/one@sha256:"):
+        await SiblingProcess(client, network, other, admit=driven.admit).start("digest")
 
 
 @pytest.mark.skipif(peer("coredns") is None, reason=WHY)
