@@ -31,6 +31,7 @@ from clawker_cp.testing.plan_world import build, rule
 from clawker_cp.testing.served import serving
 from clawker_cp.testing.stack_images import COREDNS_IMAGE, ENVOY_IMAGE, import_stack_images
 from clawker_cp.testing.stack_images import settings as stack_settings
+from clawker_cp.testing.world_names import DNS_SERVER, SECOND_DNS_SERVER
 from clawker_cp.wiring.docker_host import DockerHost, docker_host
 from clawker_cp.wiring.placement import Placement
 from clawker_cp.wiring.stack_choice import Stack, chosen_stack
@@ -54,12 +55,12 @@ for path, go in (("/first", "/tmp/go"), ("/second", "")):
     while go and not os.path.exists(go):
         time.sleep(0.05)
 """
-# CoreDNS's own ports, and a name that it would resolve: a question to any port 53 is the gate's.
+# Health and numbers of both, the proxy's view, and a name that CoreDNS would resolve: any port 53 is the gate's.
 TRIED = """
 import socket
-for port in (18902, 9153):
+for where, port in ((there, 18902), (there, 9153), (proxy, 9902), (gateway, 9953)):
     try:
-        socket.create_connection((there, port), 2)
+        socket.create_connection((where, port), 2)
     except OSError:
         print("no")
 question = bytes.fromhex("1234010000010000000000000377777707") + b"example\\x03com\\0\\0\\1\\0\\1"
@@ -68,6 +69,7 @@ asked.settimeout(3)
 asked.sendto(question, (there, 53))
 print(asked.recv(512)[3] & 15)
 """
+GATEWAY = "10.231.96.1"
 CURL = ("/usr/bin/curl", "-sS", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}")
 
 
@@ -268,24 +270,31 @@ async def test_an_image_may_be_named_by_digest(driven: Driven, machine: DockerMa
 @pytest.mark.skipif(peer("coredns") is None, reason=WHY)
 async def test_agents_are_served_by_containers_across_a_kill(machine: DockerMachine) -> None:
     """
-    Served by the two containers, and past a dead CoreDNS; a connection outlives a kill -9 of the control plane; taken
-    down, network, maps and rules stay and nothing passes.
+    Served by the two containers, each zone by its own forwarder, and past a dead CoreDNS; a connection outlives a
+    kill -9 of the control plane; taken down, network, maps and rules stay and nothing passes.
     """
     machine.machine.environment |= stack_settings()
+    config = Path(machine.machine.environment["CLAWKER_CONFIG_DIR"])
+    config.mkdir(parents=True, exist_ok=True)
+    (config / "control-plane.yaml").write_text(f"dns: {{zones: {{example.org: [{SECOND_DNS_SERVER}]}}}}\n")
     client, world = machine.docker.client, machine.machine.world
     async with serving(machine.machine) as served:
-        done = await machine.ctl("allow", "http://api.example.com")
-        assert done.code == 0, done.err
+        for name in ("api.example.com", "git.example.org"):
+            done = await machine.ctl("allow", f"http://{name}")
+            assert done.code == 0, done.err
         agent = await machine.docker.agent("dev", network=NETWORK, usr=True)
         await machine.wait_enrolled(agent)
         reached = await machine.inside(agent, *CURL, "http://api.example.com/x")
+        zoned = await machine.inside(agent, *CURL, "http://git.example.org/x")
         denied = await machine.inside(agent, *CURL, "http://www.example.com/x")
+        names = {(query["name"].lower(), query["dst"]) for query in await world.queries()}
         envoy, coredns = await client.inspect(ENVOY), await client.inspect(COREDNS)
         components = json.loads((await served.get("http://127.0.0.1:7080/healthz?verbose=1"))[1])["components"]
         asked = await machine.machine.host.run(
             ["curl", "-sS", "-m", "3", f"http://{_address(coredns)}:9153/metrics"], env=machine.machine.environment
         )
-        tried = await machine.python(agent, f"there = {_address(coredns)!r}\n{TRIED}")
+        where = f"there, proxy = {_address(coredns)!r}, {_address(envoy)!r}; gateway = {GATEWAY!r}"
+        tried = await machine.python(agent, f"{where}\n{TRIED}")
         patient = asyncio.ensure_future(machine.python(agent, PATIENT))
         async with asyncio.timeout(20):
             while (await machine.inside(agent, "/usr/bin/test", "-e", "/tmp/asked")).code:
@@ -311,12 +320,16 @@ async def test_agents_are_served_by_containers_across_a_kill(machine: DockerMach
         networks = await client.list_networks(NETWORK)
     await world.reset()
 
-    assert (reached.code, reached.out) == (0, "200"), reached.err
+    assert (reached.code, reached.out) == (zoned.code, zoned.out) == (0, "200"), reached.err + zoned.err
+    assert {one for one in names if one[0] in {"api.example.com", "git.example.org", "www.example.com"}} == {
+        ("api.example.com", DNS_SERVER),
+        ("git.example.org", SECOND_DNS_SERVER),
+    }
     assert denied.code == 6
     assert components["envoy"]["implementation"] == "container"
     assert components["dns"]["implementation"] == "gate+coredns"
     assert "coredns_dns_requests_total{" in asked.out
-    assert tried.out.split() == ["no", "no", "3"], tried.err
+    assert tried.out.split() == ["no", "no", "no", "no", "3"], tried.err
     assert (without.code, without.out) == (0, "200"), without.err
     assert alone["State"]["Pid"] == envoy["State"]["Pid"] == adopted["State"]["Pid"]
     assert (again.code, again.out) == (0, "200"), again.err
