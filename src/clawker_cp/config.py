@@ -434,16 +434,17 @@ def _address_problems(settings: Settings) -> Iterator[str]:
     for name, octet in octets.items():
         if not 2 <= octet <= 254:
             yield f"network.octets.{name}: 2 to 254, not {octet}"
+    if not settings.dns.forwarders:
+        yield "dns.forwarders: at least one is needed"
     for zone, servers in {"": settings.dns.forwarders, **settings.dns.zones}.items():
         key = f"dns.zones.{zone}" if zone else "dns.forwarders"
         if zone and not all(_LABEL.fullmatch(label) for label in zone.rstrip(".").split(".")):
             yield f"{key}: {zone!r} is not a domain name"
-        if not servers:
+        if zone and not servers:
             yield f"{key}: at least one server is needed"
         for server in servers:
             try:
-                if ipaddress.ip_address(server).is_loopback and settings.stack == "container":
-                    yield f"{key}: {server} is the container's own with stack: container, name one that it reaches"
+                ipaddress.ip_address(server)
             except ValueError:
                 yield f"{key}: {server!r} is not an IP address"
     for name in settings.dns.internal_names:
