@@ -259,7 +259,7 @@ async def test_many_questions_at_once_are_all_answered(ca: TestCa, monkeypatch: 
     async with authority(ca, answer) as url:
         introspector = HydraIntrospector(url, ca.client_context())
         async with asyncio.TaskGroup() as group:
-            asked = [group.create_task(introspector.introspect(f"c{number}", "")) for number in range(200)]
+            asked = [group.create_task(introspector.introspect(f"c{number}", "")) for number in range(40)]
         await introspector.aclose()
-    assert [task.result().client_id for task in asked] == [f"c{number}" for number in range(200)]
+    assert [task.result().client_id for task in asked] == [f"c{number}" for number in range(40)]
     assert len(peers) <= introspect.CONNECTIONS

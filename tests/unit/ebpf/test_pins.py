@@ -23,7 +23,6 @@ from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
 pytestmark = pytest.mark.root
 
 GATE = "192.0.2.1"
-LATER_NS = time.monotonic_ns() + 3600 * 10**9
 
 
 @pytest.fixture
@@ -38,7 +37,8 @@ def left() -> Iterator[tuple[Pins, Path]]:
         manager.load(parent)
         manager.enroll(agent.stat().st_ino, AgentConfig(3, GATE, GATE, GATE, GATE))
         manager.set_inbound(agent.stat().st_ino, {8080: InboundFrom.HOST})
-        manager.update_dns(agent.stat().st_ino, [NameRow(mapped("203.0.113.7"), 300, LATER_NS)])
+        later_ns = time.monotonic_ns() + 3600 * 10**9
+        manager.update_dns(agent.stat().st_ino, [NameRow(mapped("203.0.113.7"), 300, later_ns)])
         manager.sync_routes([RouteRow(3, 300, 443, TCP, RouteAction.PROXY, 10443)], [], [])
         manager.close()
         yield Pins(directory), agent
