@@ -93,7 +93,7 @@ def test_a_value_that_makes_no_sense_raises_at_construction(name: str, value: An
 def test_a_fraction_of_a_poll_is_refused() -> None:
     """Polls are counted in whole numbers."""
     with pytest.raises(InvalidInput, match="missed_threshold: 1.5 is not a whole number"):
-        AgentWatcherOptions(missed_threshold=1.5)  # type: ignore[arg-type]
+        AgentWatcherOptions(missed_threshold=1.5)
 
 
 @pytest.mark.parametrize(

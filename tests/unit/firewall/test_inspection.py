@@ -20,7 +20,7 @@ from clawker_cp.testing.plan_world import build, rule
 
 
 def _authority(directory: Path, **more: object) -> InspectionAuthority:
-    authority = InspectionAuthority(directory / "certs", **more)  # type: ignore[arg-type]
+    authority = InspectionAuthority(directory / "certs", **more)
     authority.open()
     return authority
 
