@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from clawker_cp.agents.directory import full_name
+from clawker_cp.agents.directory import Named, full_name
 from clawker_cp.agents.quarantines import EXPOSURE, Quarantines
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
@@ -32,15 +32,9 @@ AT_ONCE = 16  # containers that a reconcile works on at the same time
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 
 
-class ContainerLike(Protocol):
+class ContainerLike(Named, Protocol):
     """A container as its engine describes it (`engines.base.AgentContainer`)."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def agent(self) -> str: ...
     @property
     def is_agent(self) -> bool: ...
     @property
