@@ -109,7 +109,7 @@ class ContainerLives(Generic[C]):
     Follows agents of an engine. Every verb may be repeated, overtaken and late: it brings one container to
     what the engine says of it now. Verbs on one container happen one after the other.
 
-    `up`: whether the firewall is on; while it is off nothing is enrolled. `adopted` gives the deadline that
+    `up`: whether the firewall is on; while it is off nothing is enrolled. `bypass_until_ns`: the deadline that
     the kernel still has for a cgroup. `quarantine_exposed`: `firewall.on_exposure`. `settle` is awaited
     between a death and the withdrawal, while records still find their agent.
     """
