@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from clawker_cp.ebpf.config import NameRow, mapped
 from clawker_cp.ebpf.manager import Manager
 from clawker_cp.errors import Conflict
 from clawker_cp.firewall.plan import TCP
+from clawker_cp.testing.sandbox_world import until
 from clawker_cp.testing.socket_world import (
     CONFIG,
     GATEWAY,
@@ -61,13 +63,6 @@ def enrolled(world: SocketWorld, depth: int = 2, **kept: Any) -> Actor:
 def links_of(world: SocketWorld, number: int) -> list[str]:
     directory = Path("/sys/fs/bpf") / world.prefix / "links" / str(number)
     return sorted(path.name for path in directory.iterdir() if path.name != "cgroup") if directory.exists() else []
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.005)
 
 
 @contextmanager
@@ -242,6 +237,10 @@ def test_other_layouts_are_replaced_and_open_nothing(world: SocketWorld) -> None
         world.manager.load(world.parent)
 
 
+def grown(seen: list[str], most: int) -> bool:
+    return len(seen) > most
+
+
 def killed_at(line: int, work: Callable[[], object]) -> bool:
     """Do something in a child that is killed at so many lines into attachments.py; False when it ended before."""
     child = os.fork()
@@ -272,7 +271,7 @@ def test_a_kill_while_attaching_is_finished_by_the_next_attach(world: SocketWorl
     while True:
         cgroup = world.container()
         actor = world.actor(cgroup)
-        if not killed_at(at, lambda cgroup=cgroup: world.manager.attach(cgroup)):  # type: ignore[misc]
+        if not killed_at(at, partial(world.manager.attach, cgroup)):
             break
         number = world.manager.attach(cgroup)
         assert len(links_of(world, number)) == PROGRAMS
@@ -290,7 +289,7 @@ def test_a_kill_while_attaching_is_repaired_by_the_next_load(world: SocketWorld,
     directory = Path("/sys/fs/bpf") / world.prefix / "links"
     while len(links_of(world, cgroup_id(cgroup))) < linked or not (directory / f"{cgroup_id(cgroup)}/cgroup").exists():
         cgroup = world.container()
-        assert killed_at(at, lambda cgroup=cgroup: world.manager.attach(cgroup))  # type: ignore[misc]
+        assert killed_at(at, partial(world.manager.attach, cgroup))
         at += 1
     actor = world.actor(cgroup)
     number = cgroup_id(cgroup)
@@ -313,8 +312,7 @@ def test_a_kill_while_adopting_opens_nothing(world: SocketWorld) -> None:
         with hammered(agent) as seen:
             for at in (20, 80, 150, 220):
                 kills += killed_at(at, lambda: world.manager.load(world.parent))
-                before = len(seen)
-                until(lambda before=before: len(seen) > before + 5, "it runs on")  # type: ignore[misc]
+                until(partial(grown, seen, len(seen) + 5), "it runs on")
     finally:
         world.manager.load(world.parent)
     assert kills == 4

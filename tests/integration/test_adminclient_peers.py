@@ -35,7 +35,7 @@ EVENTS = control_pb2.WatchEventsRequest()
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-class Servicer(control_pb2_grpc.ControlServiceServicer, admin_pb2_grpc.AdminServiceServicer):  # type: ignore[misc]
+class Servicer(control_pb2_grpc.ControlServiceServicer, admin_pb2_grpc.AdminServiceServicer):
     """Refuses the first `refuse` calls as unauthenticated, streams after `before` messages, and keeps who called."""
 
     def __init__(self) -> None:

@@ -77,7 +77,7 @@ async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting()
                     """From outside, from the host by its address, from the host by loopback: answered?"""
                     asked = ((world, HOST), (host.netns, HOST), (host.netns, "127.0.0.1"))
                     answers = [in_netns(where, lambda to=to: connected(to, 8080)) for where, to in asked]
-                    return tuple(answer not in REFUSED for answer in answers)  # type: ignore[return-value]
+                    return tuple(answer not in REFUSED for answer in answers)
 
                 # Before enrolment: no way, whatever the engine allows.
                 assert {from_agent(WORLD, 443), from_agent(GATEWAY, 10000), from_agent("10.231.96.6", 80)} <= REFUSED

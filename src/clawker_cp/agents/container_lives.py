@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from clawker_cp.agents.directory import full_name
+from clawker_cp.agents.directory import Named, full_name
 from clawker_cp.agents.quarantines import EXPOSURE, Quarantines
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
@@ -32,15 +32,9 @@ AT_ONCE = 16  # containers that a reconcile works on at the same time
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 
 
-class ContainerLike(Protocol):
+class ContainerLike(Named, Protocol):
     """A container as its engine describes it (`engines.base.AgentContainer`)."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def agent(self) -> str: ...
     @property
     def is_agent(self) -> bool: ...
     @property
@@ -115,7 +109,7 @@ class ContainerLives(Generic[C]):
     Follows agents of an engine. Every verb may be repeated, overtaken and late: it brings one container to
     what the engine says of it now. Verbs on one container happen one after the other.
 
-    `up`: whether the firewall is on; while it is off nothing is enrolled. `adopted` gives the deadline that
+    `up`: whether the firewall is on; while it is off nothing is enrolled. `bypass_until_ns`: the deadline that
     the kernel still has for a cgroup. `quarantine_exposed`: `firewall.on_exposure`. `settle` is awaited
     between a death and the withdrawal, while records still find their agent.
     """

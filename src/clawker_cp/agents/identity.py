@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from clawker_cp.agents.directory import full_name
+from clawker_cp.agents.directory import Named, full_name
 from clawker_cp.errors import ClawkerError, Denied
 
 AGENT_CN = "clawker-clawkerd"
@@ -22,21 +22,10 @@ CONTAINER_URI = "urn:clawker:container:"
 REJECTED = "registration rejected"
 
 
-class AgentRecord(Protocol):
-    """A running agent as its engine knows it."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def agent(self) -> str: ...
-
-
 class Resolver(Protocol):
     """The engine's record of running agents by their address on the agents' network."""
 
-    async def running_at(self, address: str) -> Sequence[AgentRecord]:
+    async def running_at(self, address: str) -> Sequence[Named]:
         """Every running agent that has the address. Raises `ClawkerError` when it cannot be known."""
         ...
 

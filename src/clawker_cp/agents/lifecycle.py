@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from clawker_cp.agents.directory import Named
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.errors import ClawkerError, NotFound
 
@@ -25,15 +26,9 @@ log = structlog.get_logger()
 END_LIMIT_S = 15.0
 
 
-class SandboxLike(Protocol):
+class SandboxLike(Named, Protocol):
     """What the engine tells of a sandbox it made."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def agent(self) -> str: ...
     @property
     def address(self) -> str: ...
     @property

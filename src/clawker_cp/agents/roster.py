@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,14 @@ class Roster:
         self._index()
         self._told(agent.id, agent)
 
-    def update(self, agent_id: str, **changes: object) -> EnrolledAgent | None:
+    def update(self, agent_id: str, **changes: Any) -> EnrolledAgent | None:
         """
         Change fields of a known agent; an unknown id changes nothing.
         """
         known = self._by_id.get(agent_id)
         if known is None:
             return None
-        changed = replace(known, **changes)  # type: ignore[arg-type]
+        changed = replace(known, **changes)
         self.put(changed)
         return changed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 
@@ -115,13 +116,13 @@ class SandboxRows:
         """
         return self._database.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,)) > 0
 
-    def _change(self, sandbox_id: str, **changes: int) -> None:
+    def _change(self, sandbox_id: str, **changes: Any) -> None:
         with self._database.transaction():
             row = self.get(sandbox_id)
             if row is not None:
-                self.put(replace(row, **changes))  # type: ignore[arg-type]
+                self.put(replace(row, **changes))
 
 
-def _row(values: tuple[object, ...]) -> SandboxRow:
-    row = SandboxRow(*values)  # type: ignore[arg-type]
+def _row(values: tuple[Any, ...]) -> SandboxRow:
+    row = SandboxRow(*values)
     return replace(row, state=SandboxState(row.state))

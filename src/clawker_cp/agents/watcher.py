@@ -129,8 +129,7 @@ class AgentWatcher:
         try:
             async with Deadline.never().limit(self._list_limit_s, "listing the running agents"):
                 count = _count(await self._list_agents())
-        except Exception as error:
-            # Whatever went wrong, how many run is not known, and not known is not zero.
+        except Exception as error:  # whatever went wrong: how many run is not known, and not known is not zero
             self._zeros = 0
             self._failures += 1
             self._log.warning("agent_watcher_poll_failed", cause=_in_words(error), failures=self._failures)

@@ -42,7 +42,6 @@ class ActionQueue:
         self._items: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._closed = False
-        self._working = False
 
     def __len__(self) -> int:
         return len(self._items)

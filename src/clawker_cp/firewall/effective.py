@@ -144,12 +144,6 @@ def policy_key(agent_key: str, scopes: Iterable[str], learn: frozenset[str] = fr
     return next((scope for scope in reversed(scopes_of(agent_key)) if scope in present), GLOBAL)
 
 
-def effective_rules(rules: Iterable[Rule], key: str, now: float) -> tuple[Rule, ...]:
-    """Return the unexpired rules that hold for a policy key, in the order given."""
-    scopes = set(scopes_of(key)) if key.startswith("agent:") else {GLOBAL, key}
-    return tuple(rule for rule in rules if rule.scope in scopes and is_live(rule, now))
-
-
 def specificity(facts: Facts) -> tuple[int, int, int]:
     """Sort key of rules by their own destination: names by labels, addresses by prefix; larger is narrower."""
     if facts.destination.network is not None:

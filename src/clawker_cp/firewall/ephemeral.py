@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clawker_cp.firewall.merge import Added, Removed, add, remove_scope
+from clawker_cp.firewall.merge import Removed, remove_scope
 from clawker_cp.firewall.rules import Rule
 
 
@@ -27,10 +27,6 @@ class EphemeralRules:
     def rules(self) -> tuple[Rule, ...]:
         """The committed rules, in order of arrival."""
         return self._rules
-
-    def adding(self, rules: Sequence[Rule]) -> Added:
-        """Return what adding would give, by the store's own merge; commits nothing."""
-        return add(self._rules, rules)
 
     def removing(self, scope: str) -> Removed:
         """Return what removing all of a scope would give; commits nothing."""

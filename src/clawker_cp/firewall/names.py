@@ -90,7 +90,3 @@ class NameTables:
         """Judge a name for a policy; an unknown policy allows nothing (I1)."""
         table = self.tables.get(policy)
         return table.decide(name) if table is not None else NOT_ALLOWED
-
-    def allowed_by_any(self, name: str) -> bool:
-        """Whether some policy lets the name be resolved (the proxy view asks)."""
-        return any(table.decide(name).allowed for table in self.tables.values())

@@ -11,7 +11,6 @@ import enum
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 # Route identities below 256 are shared with bpf/clawker_abi.h (enum clawker_identity).
 IDENTITY_NONE = 0
@@ -283,6 +282,3 @@ class Plan:
     rule_ids: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     digest: str = field(default="", compare=False)
-
-
-EMPTY_MAP: Mapping[str, int] = MappingProxyType({})

@@ -71,8 +71,3 @@ def effective_ports(proto: str, text: str) -> tuple[int, int]:
         return found
     port = int(WRITTEN_DEFAULT.get(proto, str(EFFECTIVE_DEFAULT)))
     return port, port
-
-
-def format_ports(low: int, high: int) -> str:
-    """Write a range the way `parse_ports` reads it."""
-    return str(low) if low == high else f"{low}-{high}"

@@ -5,14 +5,10 @@ A listener's certificate as bytes and as an SSL context, taken over when the fil
 from __future__ import annotations
 
 import hashlib
-import hmac
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
-
-from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from clawker_cp.pki.certificates import load_identity
 from clawker_cp.pki.tree import CA, SERVER, AuthTree, Place
@@ -92,18 +88,6 @@ class ListenerMaterial:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_verify_locations(cadata=self.read().ca_pem.decode())
         return context
-
-
-def has_common_name(certificate_pem: bytes, expected: str) -> bool:
-    """
-    Whether a certificate is for `expected`, compared in constant time; False for what is no certificate.
-    """
-    try:
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
-    except ValueError:
-        return False
-    found = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return len(found) == 1 and hmac.compare_digest(str(found[0].value).encode(), expected.encode())
 
 
 def _stamp(path: Path) -> tuple[int, int]:

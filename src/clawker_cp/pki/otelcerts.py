@@ -16,8 +16,6 @@ from clawker_cp.pki.profiles import infra_client
 from clawker_cp.pki.tree import CA, PREPARED, AuthTree
 from clawker_cp.runtime.durable import exchange, sync_directory, write_durably
 
-ON_DISK = ("envoy", "coredns")  # ours and the netlogger's stay in memory
-
 
 def provision(directory: Path, service: str, tree: AuthTree, certificates: InfraCertificates, now: dt.datetime) -> bool:
     """

@@ -108,7 +108,7 @@ class Application:
         request = Request(method, path, query, headers.get("content-type", ""), body, str(peer[0]))
         try:
             return await handler(request)
-        except Exception as error:
+        except Exception as error:  # the boundary of the server: a bug is a 500, the others go on
             log.error("http_handler_failed", path=path, exc_info=error)
             return refusal(500, "server_error", "the server failed")
 

@@ -59,7 +59,7 @@ class Drain:
                 await work()
         except (ClawkerError, OSError, TimeoutError) as error:
             log.warning("drain_stage_failed", stage=name, cause=str(error) or f"not over within {left:.1f} s")
-        except Exception as error:
+        except Exception as error:  # a cleanup loop: the stages after this one have to run
             log.error("drain_stage_failed", stage=name, cause=type(error).__name__, exc_info=error)
         else:
             log.info("drain_stage", stage=name)

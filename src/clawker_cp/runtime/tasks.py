@@ -47,7 +47,7 @@ async def supervise(
             await factory()
             part.recovered()
             return
-        except Exception as error:
+        except Exception as error:  # this is what supervising means
             if cancelled():  # it failed while it was being ended: nobody wants it again
                 raise asyncio.CancelledError from error
             part.failed(error, critical=critical)

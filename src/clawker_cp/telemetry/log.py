@@ -8,7 +8,6 @@ a thread of their own; a slow or full disk costs lines, never time (I12).
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import re
 import sys
@@ -228,13 +227,3 @@ def configure(directory: Path | None, *, stderr: bool = True, level: int = loggi
         root.removeHandler(handler)
     root.addHandler(_LibraryHandler(logging.WARNING))
     return sink
-
-
-def stderr_is_terminal() -> bool:
-    """
-    Whether a person reads stderr.
-    """
-    try:
-        return os.isatty(sys.stderr.fileno())
-    except (OSError, ValueError):
-        return False

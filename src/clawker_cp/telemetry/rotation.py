@@ -8,6 +8,7 @@ Synchronous; callers use it from a thread of theirs. Owns the file and its backu
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import shutil
 import time
@@ -148,4 +149,4 @@ def _plain(path: Path) -> BinaryIO:
 
 
 def _packed(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb")  # type: ignore[return-value]
+    return io.BufferedReader(gzip.open(path, "rb"))

@@ -169,9 +169,6 @@ class Yard:
     def from_host(self, address: str, port: int) -> str:
         return in_netns(self.host.netns, lambda: connected(address, port))
 
-    def from_world(self, address: str, port: int) -> str:
-        return in_netns(self.world, lambda: connected(address, port))
-
 
 @contextlib.asynccontextmanager
 async def yard(addresses: dict[str, str], *, bridged_calls: bool = False, **options: Any) -> AsyncIterator[Yard]:

@@ -13,6 +13,7 @@ import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import dns.flags
 import dns.message
@@ -130,7 +131,7 @@ class _ResolverUdp(asyncio.DatagramProtocol):
         self._group = group
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)  # uvloop's is none by inheritance
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         self._resolver.ports.append(addr[1])
@@ -139,7 +140,7 @@ class _ResolverUdp(asyncio.DatagramProtocol):
     async def _answer(self, data: bytes, addr: tuple[str, int]) -> None:
         reply = await self._resolver.answer(data, "udp")
         if reply is not None:
-            self._transport.sendto(reply, addr)  # type: ignore[attr-defined]
+            self._transport.sendto(reply, addr)
 
 
 @dataclass

@@ -22,13 +22,13 @@ import subprocess
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import docker
 
 from clawker_cp.engines.docker_client import DockerClient
 from clawker_cp.errors import ClawkerError
+from clawker_cp.testing.removal import Removed
 from clawker_cp.testing.world import HostNamespace
 
 IMAGE = "clawker-test:1"
@@ -73,7 +73,7 @@ def image_archive() -> bytes:
     return buffer.getvalue()
 
 
-class DockerWorld:
+class DockerWorld(Removed):
     """
     One daemon on one machine. `client` is connected to it; `cgroup_parent` is where its containers are.
 
@@ -97,20 +97,12 @@ class DockerWorld:
         self.directory.mkdir()
         self.endpoint = f"unix://{self.directory / 'docker.sock'}"
         self.client = DockerClient(self.endpoint)
-        try:
+        async with self._or_removed():
             (self.directory / "daemon.json").write_text("{}")
             await self._start_containerd()
             await self.start_daemon()
             await asyncio.to_thread(self._import_image)
-        except BaseException:
-            await self._remove()
-            raise
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._remove()
 
     @property
     def log(self) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dns.message
 import dns.rcode
@@ -45,7 +45,7 @@ class ProxyView(asyncio.DatagramProtocol):
         self.asked: list[str] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast(asyncio.DatagramTransport, transport)  # uvloop's is none by inheritance
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
         query = dns.message.from_wire(data)
@@ -57,7 +57,7 @@ class ProxyView(asyncio.DatagramProtocol):
             answer.set_rcode(dns.rcode.NXDOMAIN)
         elif query.question[0].rdtype == dns.rdatatype.A:
             answer.answer.append(dns.rrset.from_text(query.question[0].name, 60, "IN", "A", address))
-        self.transport.sendto(answer.to_wire(), addr)  # type: ignore[attr-defined]
+        self.transport.sendto(answer.to_wire(), addr)
 
 
 class Outside:

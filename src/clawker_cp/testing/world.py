@@ -27,10 +27,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from clawker_cp.testing import world_names as names
+from clawker_cp.testing.removal import Removed
 
 START_S = 30.0
 STOP_S = 10.0
@@ -88,7 +88,7 @@ def new_prefix() -> str:
     return f"ckw{os.getpid()}-{secrets.token_hex(2)}"
 
 
-class HostNamespace:
+class HostNamespace(Removed):
     """
     A machine of the test's own: fresh network namespace, private /run and bpffs, no route out.
 
@@ -117,7 +117,7 @@ class HostNamespace:
         # The owner of a test's working directories has to reach them as an ordinary user as well.
         self.directory.chmod(0o755)
         self.cgroup.mkdir()
-        try:
+        async with self._or_removed():
             resolv = self.directory / "resolv.conf"
             resolv.write_text(f"nameserver {names.DNS_SERVER}\n")
             enter = 'echo $$ > "$1/cgroup.procs"; shift; exec "$@"'
@@ -130,15 +130,7 @@ class HostNamespace:
             self.pid = self._holder.pid
             if self._own_pids:
                 self.pid = int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()[0])
-        except BaseException:
-            await self._remove()
-            raise
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._remove()
 
     @property
     def netns(self) -> Path:
@@ -216,7 +208,7 @@ class HostNamespace:
 _KINDS = ("CONFIG", "DATA", "STATE", "CACHE")
 
 
-class World:
+class World(Removed):
     """
     The outside world: owns the test ranges and answers on all of their addresses (`world_names`).
 
@@ -237,7 +229,7 @@ class World:
     async def __aenter__(self) -> Self:
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-world-"))
         self.directory.chmod(0o755)
-        try:
+        async with self._or_removed():
             argv = [*_DIE_WITH_US, "unshare", "--net", "--mount", "--propagation", "private"]
             argv += [sys.executable, "-m", "clawker_cp.testing.world_server", str(self.directory)]
             self._process = await _start(argv)
@@ -246,15 +238,7 @@ class World:
             self._streams = await asyncio.open_unix_connection(control, limit=names.CONTROL_LINE_BYTES)
             for host in self._hosts:
                 await self.connect(host.pid)
-        except BaseException:
-            await self._remove()
-            raise
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._remove()
 
     @property
     def dns(self) -> str:

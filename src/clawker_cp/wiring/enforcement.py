@@ -12,6 +12,7 @@ from typing import Protocol
 
 import structlog
 
+from clawker_cp.agents.directory import Named
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.ebpf import AgentConfig, Manager
 from clawker_cp.ebpf.config import InboundFrom
@@ -33,15 +34,9 @@ PROXY_PORTS = range(EGRESS_GLOBAL, 32000)  # every band of contract 1.1
 INBOUND = {"host": InboundFrom.HOST, "published": InboundFrom.ANY}
 
 
-class Living(Protocol):
+class Living(Named, Protocol):
     """What an engine tells of an agent that runs: a sandbox or a container."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def agent(self) -> str: ...
     @property
     def publish(self) -> Sequence[Publish]: ...
 

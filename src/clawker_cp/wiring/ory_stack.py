@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,10 +300,10 @@ def system_secret(path: Path) -> str:
     return secret
 
 
-async def _wait_until(condition: Callable[[], object], what: str) -> None:
+async def _wait_until(condition: Callable[[], Awaitable[object]], what: str) -> None:
     try:
         async with asyncio.timeout(HEALTHY_LIMIT_S):
-            while not await condition():  # type: ignore[misc]  # noqa: ASYNC110  # another process cannot set our event
+            while not await condition():  # noqa: ASYNC110  # another process cannot set our event
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise DeadlineExceeded(f"{what} does not answer within {HEALTHY_LIMIT_S:g} s") from None

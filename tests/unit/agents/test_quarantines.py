@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from clawker_cp.agents.database import Database
 from clawker_cp.agents.quarantines import EXPOSURE, OPERATOR, TRUST, Quarantines
 from clawker_cp.errors import InvalidInput
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(tmp_path / "cp.db")
-    database.open()
-    yield database
-    database.close()
 
 
 @pytest.fixture

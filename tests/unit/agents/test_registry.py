@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import structlog
@@ -14,14 +12,6 @@ from clawker_cp.agents.registry import MalformedRow, RegisteredAgent, Registry
 from clawker_cp.errors import Conflict, InvalidInput, Unavailable
 
 ROW = RegisteredAgent("ab" * 32, "c1", "dev", "shop", 100, 100)
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(tmp_path / "cp.db")
-    database.open()
-    yield database
-    database.close()
 
 
 @pytest.fixture

@@ -214,7 +214,7 @@ def test_a_snapshot_never_changes(world: World) -> None:
     assert before.containers["a"] == A
     assert world.view.snapshot().version == before.version + 1
     with pytest.raises(TypeError):
-        before.containers["b"] = A  # type: ignore[index]
+        before.containers["b"] = A
 
 
 def test_a_change_it_does_not_know_is_told() -> None:

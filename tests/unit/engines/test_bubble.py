@@ -20,7 +20,7 @@ def sandbox_of(spec: SandboxSpec, directory: Path = Path("/state")) -> Sandbox:
 
 
 def spec_of(**changes: object) -> SandboxSpec:
-    return SandboxSpec(**{"project": "demo", "agent": "one", "argv": ("id",), **changes})  # type: ignore[arg-type]
+    return SandboxSpec(**{"project": "demo", "agent": "one", "argv": ("id",), **changes})
 
 
 def test_cgroup_and_namespace_are_joined_before_anything_of_the_agent() -> None:

@@ -13,7 +13,7 @@ from clawker_cp.errors import InvalidInput
 
 
 def spec(**fields: object) -> SandboxSpec:
-    return SandboxSpec(**{"project": "p", "agent": "a", "argv": ("true",), **fields})  # type: ignore[arg-type]
+    return SandboxSpec(**{"project": "p", "agent": "a", "argv": ("true",), **fields})
 
 
 def view(tmp_path: Path, request: SandboxSpec, masked: list[Path], mounts: list[MountPoint]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,9 @@ from clawker_cp.firewall.allocations import (
 from clawker_cp.firewall.plan import IDENTITY_FIRST, TCP, UDP
 
 
-def step(snapshot: Allocations, listeners: list[str] = [], policies: list[str] = [], now: float = 0.0) -> Allocations:  # noqa: B006
+def step(
+    snapshot: Allocations, listeners: Sequence[str] = (), policies: Sequence[str] = (), now: float = 0.0
+) -> Allocations:
     """One compile that asks for these."""
     allocator = Allocator(snapshot, now=now)
     for dst in listeners:

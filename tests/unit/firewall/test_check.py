@@ -17,7 +17,7 @@ from clawker_cp.testing.plan_world import World, build, deny, rule
 
 def check(*rules: Rule, host: str, others: tuple[Rule, ...] = (), **request: object) -> Verdict:
     """Check one request."""
-    return Checker(rules, agent="p/a", others=others).check(Request(host, **request))  # type: ignore[arg-type]
+    return Checker(rules, agent="p/a", others=others).check(Request(host, **request))
 
 
 def test_the_defaults_are_https_its_port_get_and_root() -> None:

@@ -5,23 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clawker_cp.firewall.effective import RuleIndex, effective_rules, listing, policy_key, read_rule
+from clawker_cp.firewall.effective import RuleIndex, listing, policy_key, read_rule
 from clawker_cp.firewall.rules import Rule
 from clawker_cp.testing.plan_world import deny, rule
-
-
-def test_the_union_of_the_scopes_holds_without_what_expired() -> None:
-    """In the order given."""
-    rules = [
-        rule("a.com"),
-        rule("b.com", scope="project:p"),
-        rule("c.com", scope="agent:p/a"),
-        rule("d.com", scope="agent:p/b"),
-        rule("e.com", expires_at=10.0),
-    ]
-    assert [one.dst for one in effective_rules(rules, "agent:p/a", 10.0)] == ["a.com", "b.com", "c.com"]
-    assert [one.dst for one in effective_rules(rules, "project:p", 9.0)] == ["a.com", "b.com", "e.com"]
-    assert [one.dst for one in effective_rules(rules, "global", 10.0)] == ["a.com"]
 
 
 def test_the_policy_key_is_the_most_specific_scope_present() -> None:

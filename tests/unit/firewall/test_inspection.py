@@ -27,7 +27,7 @@ class Killed(Exception):
 
 
 def _authority(directory: Path, **more: object) -> InspectionAuthority:
-    authority = InspectionAuthority(directory / "certs", **more)  # type: ignore[arg-type]
+    authority = InspectionAuthority(directory / "certs", **more)
     authority.open()
     return authority
 

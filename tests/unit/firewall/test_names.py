@@ -79,12 +79,6 @@ def test_an_unknown_policy_allows_nothing() -> None:
     assert not NameTables(build(rule("x.com")).plan).decide(99, "x.com").allowed
 
 
-def test_the_proxy_view_answers_what_some_policy_allows() -> None:
-    """And nothing else."""
-    tables = NameTables(build(rule("x.com"), rule("y.com", scope="project:p")).plan)
-    assert [tables.allowed_by_any(name) for name in ("x.com", "y.com", "z.com")] == [True, True, False]
-
-
 def test_a_policy_that_did_not_change_keeps_its_table() -> None:
     """Building is not free."""
     first = build(rule("x.com"), rule("y.com", scope="project:p"))

@@ -7,7 +7,8 @@ Stand-ins keep a journal of what they are told; rules, compile, store and alloca
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from clawker_cp.firewall import data_plane, merge, reconcile
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.plan import Topology
 from clawker_cp.firewall.reconcile import Reconciler
-from clawker_cp.firewall.rules import RuleInvalid
+from clawker_cp.firewall.rules import Rule, RuleInvalid
 from clawker_cp.firewall.store import RuleStore
 from clawker_cp.testing.plan_world import rule
 from clawker_cp.testing.policy_journal import Journal, JournalNames
@@ -109,6 +110,22 @@ async def test_an_agent_that_gets_rules_of_its_own_moves(tmp_path: Path, monkeyp
 
         assert lines[:4] == ["envoy", "kernel", f"agents {{'{AGENT}': 2}}", "gate"]
         assert world.journal.changes[-1].moved == {AGENT: (1, 2)}
+
+
+async def test_rules_are_changed_and_judged_off_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What grows with the number of rules runs in a thread: the loop serves others meanwhile."""
+    async with _world(tmp_path, monkeypatch) as world:
+        threads: list[threading.Thread] = []
+
+        def change(stored: Sequence[Rule]) -> Sequence[Rule]:
+            threads.append(threading.current_thread())
+            return (*stored, rule("https://a.example.com"))
+
+        assert await world.reconciler.judge_stored(change) == []
+        await world.reconciler.change_stored(change)
+
+        assert len(threads) == 2
+        assert threading.current_thread() not in threads
 
 
 async def test_nothing_to_do_is_no_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ def put(directory: Path, *rules: object) -> RuleStore:
     store = RuleStore(directory)
     with store.lock():
         store.read()
-        store.write(list(rules))  # type: ignore[arg-type]
+        store.write(list(rules))
     return store
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clawker_cp.pki.material import ListenerMaterial, has_common_name
-from clawker_cp.pki.tree import CLI_CLIENT, SERVER, AuthTree
+from clawker_cp.pki.material import ListenerMaterial
+from clawker_cp.pki.tree import SERVER, AuthTree
 
 
 @pytest.fixture
@@ -69,12 +69,3 @@ async def test_a_running_listener_changes_its_certificate_and_keeps_connections(
         other.close()
     server.close()
     await server.wait_closed()
-
-
-def test_the_common_name_is_the_whole_name(tree: AuthTree) -> None:
-    """Prefixes, other cases and garbage do not match."""
-    certificate = tree.path(CLI_CLIENT.certificate).read_bytes()
-    assert has_common_name(certificate, "clawker-cli")
-    for other in ("clawker-cl", "clawker-cli2", "Clawker-cli", "", "clawker-clawkerd"):
-        assert not has_common_name(certificate, other)
-    assert not has_common_name(b"garbage", "clawker-cli")

@@ -178,7 +178,7 @@ def test_leaves_of_another_ca_are_refused(made: AuthTree, tmp_path: Path) -> Non
 )
 def test_what_does_not_fit_is_named(made: AuthTree, spoil: object, said: str) -> None:
     """Broken, swapped and misplaced files are an error with the file's name; nothing is replaced."""
-    spoil(made)  # type: ignore[operator]
+    spoil(made)
     if made.path(SERVER.key).is_dir():
         with pytest.raises(ClawkerError, match=said):
             made.ensure()

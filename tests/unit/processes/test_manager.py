@@ -13,6 +13,7 @@ import pytest
 
 from clawker_cp.errors import Conflict, DeadlineExceeded, InvalidInput, NotFound, Unavailable
 from clawker_cp.processes import HealthCheck, SubprocessManager
+from clawker_cp.processes.manager import ManagedSubprocess
 
 SERVER = """
 import http.server, sys
@@ -104,18 +105,18 @@ async def test_wait_healthy_ends_at_its_timeout() -> None:
 async def test_shutdown_goes_in_reverse_order_and_kills_the_deaf() -> None:
     """The last started ends first; one that ignores SIGTERM is killed after its time."""
     ended: list[str] = []
+
+    async def note(child: ManagedSubprocess) -> None:
+        await child.ended.wait()
+        ended.append(child.name)
+
     async with SubprocessManager() as manager:
         deaf = await manager.start("deaf", ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"])
         other = await manager.start("other", ["sleep", "60"])
         await _until(lambda: "ready" in deaf.output)
         async with asyncio.TaskGroup() as group:
-            for child in (deaf, other):
-
-                async def note(child=child) -> None:  # type: ignore[no-untyped-def]
-                    await child.ended.wait()
-                    ended.append(child.name)
-
-                group.create_task(note())
+            group.create_task(note(deaf))
+            group.create_task(note(other))
             await manager.shutdown(0.3)
 
     assert ended == ["other", "deaf"]

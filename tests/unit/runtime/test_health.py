@@ -60,7 +60,7 @@ async def test_first_failing_probe_wins() -> None:
 
         return name, ask
 
-    probes = Probes([probe("a", True), probe("b", Unavailable("x")), probe("c", False)], clock)  # type: ignore[list-item]
+    probes = Probes([probe("a", True), probe("b", Unavailable("x")), probe("c", False)], clock)
     async with asyncio.TaskGroup() as group:
         answers = [group.create_task(probes.failed()) for _ in range(3)]
 

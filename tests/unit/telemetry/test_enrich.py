@@ -28,7 +28,7 @@ def event(**more: object) -> KernelEvent:
         "ktime_ns": 5, "cgroup_id": 0xAB, "sequence": 9, "addr": V4, "policy": 3, "rule": 0xFFFFFFFF, "uid": 1001,
         "pid": 77, "port": 443, "proxy_port": 12001, "verdict": 4, "reason": 69, "hook": 1, "protocol": 6, "type": 1,
     } | more  # fmt: skip
-    return KernelEvent(**fields)  # type: ignore[arg-type]
+    return KernelEvent(**fields)
 
 
 def one(**more: object) -> Flow:

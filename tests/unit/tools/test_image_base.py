@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from image_base import STATUS, closure, shipped, stanzas  # noqa: E402
+from image_base import STATUS, closure, shipped, stanzas  # noqa: E402 - lies in tools/, beside the package
 
 TEXT = """Package: app
 Status: install ok installed

@@ -46,7 +46,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 def view(registry: Registry) -> AgentView:
     roster = Roster()
     roster.put(RUNNING)
-    return AgentView(roster, registry, Control(), engine="host", enrolled=lambda one: one.cgroup_id == 7)  # type: ignore[arg-type]
+    return AgentView(roster, registry, Control(), engine="host", enrolled=lambda one: one.cgroup_id == 7)
 
 
 async def test_running_agents_are_joined_with_what_is_stored(view: AgentView) -> None:
@@ -96,7 +96,7 @@ async def test_the_authority_hears_of_a_revocation_before_the_caches() -> None:
         ({"everything": True}, ("all", "")),
     ):  # fmt: skip
         journal.told.clear()
-        await revocation.revoke(**selector)  # type: ignore[arg-type]
+        await revocation.revoke(**selector)
         assert journal.told[0] == barred and len(journal.told) == 3
 
 

@@ -89,7 +89,7 @@ def container(cgroup: Path) -> AgentContainer:
 
 
 def make(host: Host, *, ring: bool = True, clock: FakeClock | None = None) -> ContainerEnforcement:
-    return ContainerEnforcement(host, host, host if ring else None, host.find_port, clock or FakeClock())  # type: ignore[arg-type]
+    return ContainerEnforcement(host, host, host if ring else None, host.find_port, clock or FakeClock())
 
 
 def agent_in(cgroup: Path) -> EnrolledAgent:

@@ -17,7 +17,7 @@ from clawker_cp.wiring.token_service import TokenBackend
 
 
 def backend(wanted: str, tmp_path: Path) -> TokenBackend:
-    settings = msgspec.structs.replace(Settings(), oauth=OauthSettings(implementation=wanted))  # type: ignore[arg-type]
+    settings = msgspec.structs.replace(Settings(), oauth=OauthSettings(implementation=wanted))
     tree, database = AuthTree(tmp_path / "auth"), Database(tmp_path / "cp.db")
     return token_backend(settings, tmp_path, tree, database, ("127.0.0.1",))
 

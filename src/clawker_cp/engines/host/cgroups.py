@@ -159,12 +159,6 @@ class Limiter:
         for controller, directory in _version1(mounts).items():
             self._places.setdefault(controller, (directory / self._parent.name, 1))
 
-    def missing(self) -> list[str]:
-        """
-        Limits that this host cannot set.
-        """
-        return [name for name in _CONTROLLERS if name not in self._places]
-
     def apply(self, name: str, limits: Limits) -> tuple[str, ...]:
         """
         Set the limits of the child called `name`; returns those that could not be set.

@@ -163,12 +163,6 @@ class HostEngine:
         found = [sandbox for sandbox in self._sandboxes.values() if sandbox.address == address]
         return found[0] if len(found) == 1 else None
 
-    def unlimited(self) -> list[str]:
-        """
-        Limits that this host cannot set, for status and preflight.
-        """
-        return self._limiter.missing() if self._limiter is not None else []
-
     def exit_code(self, sandbox_id: str) -> int | None:
         """
         The exit code of a sandbox that has ended, as long as it is remembered.

@@ -14,7 +14,7 @@ LABELS = {"dev.clawker.managed": "true", "dev.clawker.purpose": "agent"}
 
 def agent(number: str = "a", address: str = "10.0.0.2", pid: int = 7, **changes: object) -> AgentContainer:
     values: dict[str, object] = {"labels": LABELS, "running": True, "address": address, "pid": pid, **changes}
-    return AgentContainer(number * 64, f"clawker.{number}", **values)  # type: ignore[arg-type]
+    return AgentContainer(number * 64, f"clawker.{number}", **values)
 
 
 class Processes(dict[int, int]):
