@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from clawker_cp.engines.docker.siblings import COREDNS, ENVOY
 from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
 from clawker_cp.testing.docker_world import missing
+from clawker_cp.testing.peers import WHY, peer
+from clawker_cp.testing.stack_images import import_stack_images
+from clawker_cp.testing.stack_images import settings as stack_settings
 
 pytestmark = [
     pytest.mark.root, pytest.mark.slow, pytest.mark.docker, pytest.mark.envoy, pytest.mark.timeout(600),
@@ -142,3 +146,51 @@ async def test_killed_or_replaced_it_opens_nothing(machine: DockerMachine) -> No
     assert record["Config"]["Labels"].get("newer") == "yes"
     assert crashed == [] and killed == [] and replaced == []
     assert ended.code == 0, ended.err
+
+
+@pytest.mark.skipif(peer("coredns") is None, reason=WHY.format(name="coredns"))
+async def test_traffic_may_be_carried_by_containers_beside_it(
+    machine: DockerMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Two projects reach exactly what their rules say, past a kill -9 of the control plane, which Envoy outlives; of a
+    control plane that is gone `down` removes what it had carry the traffic.
+    """
+    await import_stack_images(machine.docker)
+    for name, value in stack_settings().items():
+        monkeypatch.setitem(machine.machine.environment, name, value)
+    client, names = machine.docker.client, {"shop": "api.example.com", "blog": "git.example.org"}
+    await up(machine)
+    agents = {}
+    for project, name in names.items():
+        done = await machine.ctl("allow", f"http://{name}", "--project", project)
+        assert done.code == 0, done.err
+        agents[project] = await machine.docker.agent("dev", project=project, network=NETWORK, usr=True)
+        await machine.wait_enrolled(agents[project])
+    reached = {
+        (project, name): await status(machine, agent, f"http://{name}/x")
+        for project, agent in agents.items()
+        for name in names.values()
+    }
+    before = {name: (await client.inspect(name))["State"]["Pid"] for name in (CONTROL_PLANE, ENVOY)}
+    await client.kill(CONTROL_PLANE)
+    await machine.machine.world.reset()
+    alone = await status(machine, agents["shop"], f"http://{EVIL}/y")
+    arrived = await machine.machine.world.packets(dst=EVIL)
+    await up(machine)
+    await _serves_again(machine, agents["shop"])
+    after = {name: (await client.inspect(name))["State"]["Pid"] for name in (CONTROL_PLANE, ENVOY)}
+    denied = await status(machine, agents["shop"], "http://git.example.org/x")
+    for one in agents.values():
+        await client.remove(one, force=True)
+    await client.remove(CONTROL_PLANE, force=True)
+    ended = await machine.ctl("down", timeout_s=90)
+    left = await client.list_containers(every=True)
+
+    assert {key for key, told in reached.items() if told == (0, "200")} == set(names.items()), reached
+    assert {told[0] for key, told in reached.items() if key not in names.items()} == {6}
+    assert (alone, arrived) == ((0, "403"), [])  # Envoy judges on
+    assert after[ENVOY] == before[ENVOY] and after[CONTROL_PLANE] != before[CONTROL_PLANE]
+    assert denied[0] == 6
+    assert (ended.code, left) == (0, []), ended.err
+    assert f"{ENVOY} and {COREDNS} had been left" in ended.out
