@@ -196,11 +196,8 @@ async def test_a_stranger_of_the_name_is_replaced_but_never_ended_by_a_stop(
     await driver.stop()
 
 
-async def test_a_crash_is_undone_and_seen(driven: Driven) -> None:
-    """
-    Killed, the same container comes back with the policy it had, by the engine or, when that is slow, by us;
-    supervision counts it and waits until it serves.
-    """
+async def test_a_crash_is_undone_by_the_engine_and_seen(driven: Driven) -> None:
+    """Killed, it comes back by itself with the policy it had; supervision counts it and waits until it serves."""
     driver, process = await driven.started()
     pid = process.pid
     async with asyncio.TaskGroup() as group:
@@ -216,7 +213,7 @@ async def test_a_crash_is_undone_and_seen(driven: Driven) -> None:
         await supervision
 
     assert driver.restarts == 1 and count > 0
-    assert record["HostConfig"]["RestartPolicy"]["Name"] != "no" and record["Id"] == driven.admitted[0]
+    assert record["RestartCount"] >= 1 and record["Id"] == driven.admitted[0]
 
 
 async def test_frozen_or_stopped_it_is_woken(driven: Driven) -> None:
