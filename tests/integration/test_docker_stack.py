@@ -196,8 +196,11 @@ async def test_a_stranger_of_the_name_is_replaced_but_never_ended_by_a_stop(
     await driver.stop()
 
 
-async def test_a_crash_is_undone_by_the_engine_and_seen(driven: Driven) -> None:
-    """Killed, it comes back by itself with the policy it had; supervision counts it and waits until it serves."""
+async def test_a_crash_is_undone_and_seen(driven: Driven) -> None:
+    """
+    Killed, it comes back with the policy it had; supervision counts it and waits until it serves. With nobody there
+    the engine does it, and the next control plane adopts what came back.
+    """
     driver, process = await driven.started()
     pid = process.pid
     async with asyncio.TaskGroup() as group:
@@ -208,12 +211,19 @@ async def test_a_crash_is_undone_by_the_engine_and_seen(driven: Driven) -> None:
             while not (driver.restarts and process.pid not in {0, pid} and await driver.is_healthy()):
                 await asyncio.sleep(0.05)
         count = await driver.apply(build(rule("https://other.example.com")).plan)
-        record = await driven.record()
-        await driver.stop()
+        await driver.leave()
         await supervision
+    second = (await driven.record())["State"]["Pid"]
+    os.kill(second, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while (record := await driven.record())["State"]["Pid"] in {0, second} or not record["State"]["Running"]:
+            await asyncio.sleep(0.05)
+    again, held = await driven.started()
 
     assert driver.restarts == 1 and count > 0
-    assert record["RestartCount"] >= 1 and record["Id"] == driven.admitted[0]
+    assert again.adopted and held.pid not in {pid, second} and await again.is_healthy()
+    assert set(driven.admitted) == {record["Id"]}
+    await again.stop()
 
 
 async def test_frozen_or_stopped_it_is_woken(driven: Driven) -> None:
