@@ -34,7 +34,6 @@ from clawker_cp.firewall.changes import (
 )
 from clawker_cp.firewall.compile import Compiled
 from clawker_cp.firewall.data_plane import DataPlane
-from clawker_cp.firewall.ephemeral import EphemeralRules
 from clawker_cp.firewall.plan import (
     MAX_CONCRETE_NAMES,
     MAX_DEEP_SANS,
@@ -85,7 +84,6 @@ class Reconciler:
             files, envoy, kernel, agents, names, topology or Topology(), wall=wall, monotonic=monotonic
         )
         self._queue = ActionQueue()
-        self._ephemeral = EphemeralRules()
         self._idle_at = 0.0
         self._unreadable = ""
         self.version = 0  # counts effective changes (contract 2.4)
@@ -146,10 +144,9 @@ class Reconciler:
 
         Raises `RuleInvalid`.
         """
-        self._ephemeral.commit(merge.add(self._ephemeral.rules, read_ephemeral(rules, key)).rules)
         self._plane.wanted = replace(
             self._plane.wanted,
-            ephemeral=self._ephemeral.rules,
+            ephemeral=merge.add(self._plane.wanted.ephemeral, read_ephemeral(rules, key)).rules,
             agents=self._plane.wanted.agents | {key},
             learn=self._plane.wanted.learn | {key} if learn else self._plane.wanted.learn,
         )
@@ -276,16 +273,14 @@ class Reconciler:
             if stored.unreadable:
                 self._unreadable = stored.unreadable
                 raise store_failure(f"the rules are not readable ({stored.unreadable}): repair them and reload")
-            others = [rule for rule in self._ephemeral.rules if rule.scope != key]
-            added = merge.add(others, made).rules
+            others = [rule for rule in self._plane.wanted.ephemeral if rule.scope != key]
             wanted = replace(
                 self._with_stored(self._plane.wanted, stored),
-                ephemeral=added,
+                ephemeral=merge.add(others, made).rules,
                 agents=self._plane.wanted.agents | {key},
                 learn=self._plane.wanted.learn | {key} if learn else self._plane.wanted.learn - {key},
             )
             await self._apply(wanted)
-            self._ephemeral.commit(added)
             return [self.plan.agents[key]]
 
         policy: int = await self._queue.submit(work)
@@ -295,15 +290,13 @@ class Reconciler:
         """Forget an agent and its rules; fine if it is not known."""
 
         async def work(_: Sequence[Any]) -> Sequence[None]:
-            left = self._ephemeral.removing(key).rules
             wanted = replace(
                 self._plane.wanted,
-                ephemeral=left,
+                ephemeral=merge.remove_scope(self._plane.wanted.ephemeral, key).rules,
                 agents=self._plane.wanted.agents - {key},
                 learn=self._plane.wanted.learn - {key},
             )
             await self._apply(wanted)
-            self._ephemeral.commit(left)
             return [None]
 
         await self._queue.submit(work)
@@ -431,7 +424,6 @@ class Reconciler:
             left = merge.expire(self._plane.wanted.ephemeral, now)
             if left.removed:
                 await self._apply(replace(self._plane.wanted, ephemeral=left.rules))
-                self._ephemeral.commit(left.rules)
             await self._plane.tend()
             if self._monotonic() >= self._idle_at:
                 self._idle_at = self._monotonic() + IDLE_CHECK_S

@@ -100,6 +100,22 @@ async def test_an_agents_document_with_problems_changes_nothing(
         assert world.took() == []
 
 
+async def test_an_agents_rules_outlast_a_refusal_of_the_kernel_and_go_with_their_agent_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was accepted counts for the next agent's change as well, whether it was in force by then or not."""
+    async with _world(tmp_path, monkeypatch) as world:
+        world.journal.kernel_failures = 1
+        with pytest.raises(Unavailable, match="not in force yet"):
+            await world.reconciler.put_ephemeral(AGENT, [{"dst": "a.example.com"}])
+        await world.reconciler.put_ephemeral("agent:p/b", [{"dst": "b.example.com"}])
+        both = {one.dst: one.scope for one in world.reconciler.rules}
+        await world.reconciler.drop_ephemeral(AGENT)
+
+        assert both == {"a.example.com": AGENT, "b.example.com": "agent:p/b"}
+        assert [one.dst for one in world.reconciler.rules] == ["b.example.com"]
+
+
 async def test_an_agent_that_gets_rules_of_its_own_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its new number is set after the kernel has the rows and before the gate answers by it."""
     async with _world(tmp_path, monkeypatch) as world:
