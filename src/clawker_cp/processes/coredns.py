@@ -13,6 +13,7 @@ from pathlib import Path
 
 import structlog
 
+from clawker_cp.processes.descriptors import keep_descriptors
 from clawker_cp.processes.health import HealthCheck
 from clawker_cp.runtime.clock import SYSTEM_CLOCK, Clock
 from clawker_cp.runtime.durable import write_durably
@@ -68,6 +69,7 @@ class CoreDnsChild:
         """One life; returns why it ended."""
         try:
             await asyncio.to_thread(self._write)
+            keep_descriptors()
             process = await asyncio.create_subprocess_exec(
                 # Ends with us even if we are killed: it serves nobody but the gate.
                 "setpriv", "--pdeathsig", "KILL", str(self._binary), "-conf", str(self._corefile),

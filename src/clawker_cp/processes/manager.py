@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, NotFound, Unavailable
+from clawker_cp.processes.descriptors import keep_descriptors
 from clawker_cp.processes.health import HealthCheck
 
 OUTPUT_LINES = 50
@@ -100,6 +101,7 @@ class SubprocessManager:
             raise Conflict(f"a child named {name} runs already")
         if self._expected:
             raise Unavailable(f"{name} is not started: children are being ended", code="QUEUE_CLOSED")
+        keep_descriptors()
         try:
             process = await asyncio.create_subprocess_exec(
                 *_dying_with_us(command),

@@ -126,6 +126,8 @@ async def receive_streams(sock: socket.socket, timeout_s: float) -> tuple[int, i
     finally:
         loop.remove_reader(sock.fileno())
     _data, fds, _flags, _address = socket.recv_fds(sock, 1, STREAMS)
+    for fd in fds:
+        os.set_inheritable(fd, False)  # `recv_fds` takes no flags in 3.11, and a child must not hold a client's streams
     if len(fds) != STREAMS:
         for fd in fds:
             os.close(fd)

@@ -69,6 +69,7 @@ async def test_three_streams_are_handed_over() -> None:
         streams = await receive_streams(other, 1)
         try:
             assert [os.fstat(fd).st_ino for fd in streams] == [os.fstat(read).st_ino] * 3
+            assert not any(os.get_inheritable(fd) for fd in streams)
         finally:
             for fd in streams:
                 os.close(fd)
