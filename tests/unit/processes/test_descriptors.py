@@ -9,9 +9,7 @@ import uvloop
 
 from clawker_cp.processes.descriptors import keep_descriptors
 
-LIST = (
-    "import os; print(sorted(int(fd) for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}')))"
-)
+LIST = "import os; print(*(fd for fd in os.listdir('/proc/self/fd') if os.path.exists('/proc/self/fd/' + fd)))"
 
 
 async def _open_in_a_child() -> set[int]:
