@@ -141,8 +141,10 @@ async def test_killed_or_replaced_it_opens_nothing(machine: DockerMachine) -> No
     async with asyncio.timeout(20):
         while await machine.agents():
             await asyncio.sleep(0.1)
+    forgotten = await machine.ctl("rules", "delete", "--scope", "global")  # another's agents are not to have it
     ended = await machine.ctl("down", timeout_s=90)
 
+    assert forgotten.code == 0, forgotten.err
     assert record["Config"]["Labels"].get("newer") == "yes"
     assert crashed == [] and killed == [] and replaced == []
     assert ended.code == 0, ended.err
