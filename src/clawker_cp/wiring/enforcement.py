@@ -253,10 +253,11 @@ class Enforcement:
             numbers = change.moved.get(agent.key, (agent.policy, agent.policy))
             if numbers not in moves:
                 moves[numbers] = PolicyMove.of(*numbers, change, self._engine.network)
-            if (move := moves[numbers]) is None:
+            move, living = moves[numbers], self._connections.of(agent.address)
+            if move is None or not move.concerns(living):
                 continue
             try:
-                count += await self._engine.cut(agent.id, move.doomed(self._connections.of(agent.address)))
+                count += await self._engine.cut(agent.id, move.doomed(living))
             except (ClawkerError, OSError) as error:
                 log.warning("connections_not_cut", id=agent.id[:12], cause=str(error))
         if count:

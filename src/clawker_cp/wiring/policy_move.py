@@ -27,37 +27,44 @@ class PolicyMove:
         self._ports = listeners(new)
         self._read = http_listeners(old) & http_listeners(new)
         self._proxies = {row.port for row in change.old.proxy_ports} | self._ports
+        self._only_adds = (
+            old.id == new.id and change.old.cidrs == change.new.cidrs and takes_nothing(self._old, self._new)
+        )
 
     @classmethod
     def of(cls, before: int, after: int, change: Change, network: AgentNetwork) -> PolicyMove | None:
-        """The move from one policy number to another; None if it takes nothing away, and nobody need look."""
+        """The move from one policy number to another; None where one of them is not in its plan."""
         old, new = change.old.policies.get(before), change.new.policies.get(after)
-        if old is None or new is None:
-            return None
-        move = cls(old, new, change, network)
-        if before == after and change.old.cidrs == change.new.cidrs and takes_nothing(move._old, move._new):
-            return None
-        return move
+        return None if old is None or new is None else cls(old, new, change, network)
+
+    def concerns(self, living: Mapping[int, Live]) -> bool:
+        """
+        Whether an agent's sockets have to be looked at: not where the change only adds, unless the proxy has said
+        since the last one that a connection carries what is forbidden, or that one could not be cut.
+        """
+        return not self._only_adds or not all(self._stays(live) for live in living.values())
+
+    def _stays(self, live: Live) -> bool:
+        if not may_stay(self._old, self._new, live.host, live.port, tls=live.tls):
+            return False
+        # A listener of a policy that the agent has left, now or earlier: only what is equal in both stays.
+        return live.listener in self._ports or equal_in_both(self._old, self._new, live.host, live.port, tls=live.tls)
 
     def doomed(self, living: Mapping[int, Live]) -> Callable[[SocketInfo], bool]:
         """
         Say which sockets have no permission left: proxied ones by what the proxy last said of them (`living`, by
         source port) or by their listener, direct ones by their address.
         """
-        network, ports = self._network, self._ports
+        network = self._network
         kept: set[tuple[int, int]] = set()
         forbidden: set[tuple[int, int]] = set()
         for source, live in living.items():
-            stays = may_stay(self._old, self._new, live.host, live.port, tls=live.tls)
-            if live.listener not in ports:
-                # A listener of a policy that the agent has left, now or earlier: only what is equal in both stays.
-                stays = stays and equal_in_both(self._old, self._new, live.host, live.port, tls=live.tls)
-            (kept if stays else forbidden).add((source, live.listener))
+            (kept if self._stays(live) else forbidden).add((source, live.listener))
 
         def judge(info: SocketInfo) -> bool:
             if info.destination == network.proxy:
                 here, port = (info.source_port, info.destination_port), info.destination_port
-                if port in ports:
+                if port in self._ports:
                     return port in self._read and here in forbidden
                 return port in self._proxies and here not in kept
             if info.destination in network.served or info.destination.startswith("127.") or ":" in info.destination:

@@ -31,12 +31,25 @@ def carries(host: str, listener: int) -> dict[int, Live]:
     return {40000: Live(host, 443, True, listener)}
 
 
-def test_a_change_that_takes_nothing_of_a_policy_is_no_move() -> None:
-    """An equal plan, another host beside the old ones, and a policy that one of them does not have."""
+def test_a_change_that_takes_nothing_concerns_nobody() -> None:
+    """Neither an equal plan nor another host beside the old ones; a policy that a plan does not have is no move."""
     same = build(rule("x.com"))
-    assert move(same, build(rule("x.com"), allocations=same.allocations)) is None
-    assert move(same, build(rule("x.com"), rule("y.com"), allocations=same.allocations)) is None
+    port = same.plan.policies[1].egress_port
+    for after in ([rule("x.com")], [rule("x.com"), rule("y.com")]):
+        made = move(same, build(*after, allocations=same.allocations))
+        assert made is not None and not made.concerns({}) and not made.concerns(carries("x.com", port))
+    gone = move(same, build(rule("y.com"), allocations=same.allocations))
+    assert gone is not None and gone.concerns({})
     assert PolicyMove.of(77, 77, Change(same.plan, same.plan, {}, ()), NETWORK) is None
+
+
+def test_what_the_proxy_told_too_late_is_cut_by_the_next_change_of_any_kind() -> None:
+    """A connection to a host without a rule, seen after its rule's end or not cut then, is looked for again."""
+    same = build(rule("x.com"))
+    port = same.plan.policies[1].egress_port
+    made = move(same, build(rule("x.com"), rule("y.com"), allocations=same.allocations))
+    assert made is not None and made.concerns(carries("gone.com", port))
+    assert made.doomed(carries("gone.com", port))(to(port))
 
 
 def test_a_host_that_lost_its_rule_loses_its_connection_on_the_shared_listener() -> None:
