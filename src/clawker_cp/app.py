@@ -364,7 +364,7 @@ class ControlPlane:
                 for task in running:
                     task.cancel()
                 await ending.stage("policy", partial(wait_ended, self._reconciling))
-        except Exception as error:
+        except Exception as error:  # said, and raised again
             log.error("cp_serve_failed", cause=leaf_text(error), effect="draining" if ready else "not started")
             raise
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import structlog
@@ -27,20 +28,18 @@ STOP_LIMIT_S = 5.0
 LINES_KEPT = 20
 
 
-class CoreDnsChild:
+class KeptCoreDns(ABC):
     """
-    One child. `run` keeps it running until cancelled, and ends it then; `running` says whether it answers.
+    A CoreDNS that is brought back for ever. `running` says whether it answers, `restarts` how often it ended.
 
     The Corefile is replaced by rename, and CoreDNS reads a changed one by itself.
     """
 
-    def __init__(self, binary: Path, corefile: Path, text: str, health_url: str, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._binary = binary
+    def __init__(self, corefile: Path, text: str, health_url: str, clock: Clock = SYSTEM_CLOCK) -> None:
         self._corefile = corefile
         self._text = text
         self._health_url = health_url
         self._clock = clock
-        self._last: list[str] = []
         self.running = False
         self.restarts = 0
 
@@ -64,6 +63,36 @@ class CoreDnsChild:
                 pause = RESTART_MIN_S
             await self._clock.sleep(pause)
             pause = min(pause * 2, RESTART_MAX_S)
+
+    @abstractmethod
+    async def _live(self) -> str:
+        """One life; returns why it ended."""
+
+    def _write(self) -> None:
+        self._corefile.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(self._corefile, self._text.encode(), 0o644)
+
+    async def _watch_health(self) -> None:
+        check = HealthCheck(self._health_url, HEALTHY_POLL_S, HEALTHY_LIMIT_S)
+        while not self.running:
+            try:
+                await check.wait()
+            except TimeoutError:
+                log.warning("coredns_not_healthy", url=self._health_url, limit_s=HEALTHY_LIMIT_S)
+            else:
+                self.running = True
+                log.info("coredns_started" if not self.restarts else "coredns_recovered", restarts=self.restarts)
+
+
+class CoreDnsChild(KeptCoreDns):
+    """
+    One child. `run` keeps it running until cancelled, and ends it then.
+    """
+
+    def __init__(self, binary: Path, corefile: Path, text: str, health_url: str, clock: Clock = SYSTEM_CLOCK) -> None:
+        super().__init__(corefile, text, health_url, clock)
+        self._binary = binary
+        self._last: list[str] = []
 
     async def _live(self) -> str:
         """One life; returns why it ended."""
@@ -90,21 +119,6 @@ class CoreDnsChild:
             if process.returncode is None:
                 await _end(process)
         return f"exit {code}: {self._last[-1] if self._last else 'no words'}"
-
-    def _write(self) -> None:
-        self._corefile.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(self._corefile, self._text.encode(), 0o644)
-
-    async def _watch_health(self) -> None:
-        check = HealthCheck(self._health_url, HEALTHY_POLL_S, HEALTHY_LIMIT_S)
-        while not self.running:
-            try:
-                await check.wait()
-            except TimeoutError:
-                log.warning("coredns_not_healthy", url=self._health_url, limit_s=HEALTHY_LIMIT_S)
-            else:
-                self.running = True
-                log.info("coredns_started" if not self.restarts else "coredns_recovered", restarts=self.restarts)
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None

@@ -48,7 +48,7 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             identity = await identify(caller, self._resolver)
         except Rejected as refusal:
             log.warning(refusal.event, **refusal.facts)
-        except Exception as error:
+        except Exception as error:  # a surprise is a denial (I10)
             log.error("agent_identity_failed", cause=type(error).__name__, exc_info=error)
         else:
             _CALLER.set((identity, caller))
