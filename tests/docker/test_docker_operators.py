@@ -5,6 +5,7 @@ What owners and operators do to containers, meaning well: networks, sharing, lab
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 import pytest_asyncio
 
 from clawker_cp.testing.certificates import TestCa
+from clawker_cp.testing.daemon_program import daemon_program
 from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
 from clawker_cp.testing.docker_world import missing
 from clawker_cp.testing.served import Served, serving
@@ -293,32 +295,7 @@ async def test_more_agents_than_slots_wait_for_one(machine: DockerMachine, serve
     assert tried.out.startswith("refused")
 
 
-# What the agent daemon does: a token for the assertion it was given, then Register.
-REGISTER = """
-import json, ssl, sys, urllib.parse, urllib.request
-import grpc
-from clawker_cp._proto.clawker.agent.v1 import agent_pb2
-place, assertion, agent, project = sys.argv[1:]
-read = lambda name: open(place + "/" + name, "rb").read()
-tls = ssl.create_default_context(cafile=place + "/ca.pem")
-tls.check_hostname = False  # the daemon dials a name that the address stands for here
-form = urllib.parse.urlencode({
-    "grant_type": "client_credentials", "scope": "agent:self:register", "client_assertion": assertion,
-    "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
-}).encode()
-answer = urllib.request.urlopen("https://GATEWAY:4444/oauth2/token", form, context=tls, timeout=10)
-token = json.load(answer)["access_token"]
-credentials = grpc.ssl_channel_credentials(read("ca.pem"), read("leaf.key"), read("leaf.pem"))
-options = [("grpc.ssl_target_name_override", "clawker-controlplane")]
-with grpc.secure_channel("GATEWAY:7444", credentials, options=options) as channel:
-    call = channel.unary_unary("/clawker.agent.v1.AgentService/Register")
-    message = agent_pb2.RegisterRequest(agent_name=agent, project=project).SerializeToString()
-    try:
-        call(message, metadata=(("authorization", "Bearer " + token),), timeout=10)
-        print("OK")
-    except grpc.RpcError as error:
-        print(error.code().name, error.details())
-""".replace("GATEWAY", "10.231.96.1")
+REGISTER = daemon_program("10.231.96.1")
 
 
 async def test_an_agents_certificate_is_good_from_its_container_only(machine: DockerMachine, served: Served) -> None:
@@ -332,7 +309,7 @@ async def test_an_agents_certificate_is_good_from_its_container_only(machine: Do
     uris = ["urn:clawker:agent:clawker.p.victim", f"urn:clawker:container:{victim}"]
     ca.leaf("clawker-clawkerd", file="leaf", uris=uris)
 
-    async def register(container: str) -> str:
+    async def register(container: str) -> list[str]:
         """From the container's network namespace and cgroup, with this interpreter's gRPC."""
         now = int(time.time())
         claims = {
@@ -345,14 +322,14 @@ async def test_an_agents_certificate_is_good_from_its_container_only(machine: Do
         argv = [sys.executable, "-c", REGISTER, str(place), assertion, "victim", "p"]
         done = await machine.machine.host.run(["sh", "-c", enter, "enter", *argv], timeout_s=40)
         assert done.code == 0, done.err[-2000:]
-        return done.out.strip()
+        return list(json.loads(done.out))
 
     stolen = await register(thief)
     own = await register(victim)
     await remove(machine, victim, thief)
 
-    assert stolen == "PERMISSION_DENIED registration rejected"
-    assert own == "OK"
+    assert stolen == ["PERMISSION_DENIED", "registration rejected"]
+    assert own == ["OK", ""]
 
 
 async def test_a_quarantined_container_has_the_control_plane_only(machine: DockerMachine, served: Served) -> None:

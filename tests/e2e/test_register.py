@@ -15,38 +15,14 @@ import pytest
 import pytest_asyncio
 
 from clawker_cp.testing.certificates import TestCa
+from clawker_cp.testing.daemon_program import daemon_program
 from clawker_cp.testing.machine import Machine
 from clawker_cp.testing.served import Served, serving
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
 GATEWAY = "10.231.80.1"
-# What the agent daemon does: a token for the assertion it was given, then Register. Nothing of ours but the messages.
-CALL = """
-import json, ssl, sys, urllib.parse, urllib.request
-import grpc
-from clawker_cp._proto.clawker.agent.v1 import agent_pb2
-place, assertion, agent, project = sys.argv[1:]
-read = lambda name: open(place + "/" + name, "rb").read()
-tls = ssl.create_default_context(cafile=place + "/ca.pem")
-tls.check_hostname = False  # the daemon dials a name that the address stands for here
-form = urllib.parse.urlencode({
-    "grant_type": "client_credentials", "scope": "agent:self:register", "client_assertion": assertion,
-    "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
-}).encode()
-answer = urllib.request.urlopen("https://GATEWAY:4444/oauth2/token", form, context=tls, timeout=10)
-token = json.load(answer)["access_token"]
-credentials = grpc.ssl_channel_credentials(read("ca.pem"), read("leaf.key"), read("leaf.pem"))
-options = [("grpc.ssl_target_name_override", "clawker-controlplane")]
-with grpc.secure_channel("GATEWAY:7444", credentials, options=options) as channel:
-    call = channel.unary_unary("/clawker.agent.v1.AgentService/Register")
-    message = agent_pb2.RegisterRequest(agent_name=agent, project=project).SerializeToString()
-    try:
-        call(message, metadata=(("authorization", "Bearer " + token),), timeout=10)
-        print(json.dumps(["OK", ""]))
-    except grpc.RpcError as error:
-        print(json.dumps([error.code().name, error.details()]))
-""".replace("GATEWAY", GATEWAY)
+CALL = daemon_program(GATEWAY)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
