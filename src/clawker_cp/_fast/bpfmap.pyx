@@ -3,10 +3,15 @@
 The bridge to the kernel: objects, maps, links and the ring buffer, over bpf_shim.c and libbpf.
 
 Keys and values are bytes, laid out by `layout.pyx`. Every failure is an OSError with the errno, what was done and to what.
-Batches release the GIL once; a single map operation (0.4 us) keeps it.
+Batches release the GIL once; a single map operation (0.4 us) keeps it. What runs without it holds the object's lock,
+and so does `close`: another thread's close waits for the batch, and never pulls the memory, or the number of a
+descriptor that the process gives out again, from under it. What is asked of a closed object is an OSError EBADF;
+only its reader, whom nobody tells, finds a closed ring empty.
 """
 
+import errno
 import os
+import threading
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -48,12 +53,15 @@ cdef extern from "bpf_shim.h" nogil:
     int shim_run(int program_fd, void *context, uint32_t size, uint32_t *answer)
 
 
-
 cdef int check(int rc, str what) except -1:
     """The one way a negative errno becomes an exception; returns `rc` otherwise."""
     if rc < 0:
         raise OSError(-rc, f"{what}: {os.strerror(-rc)}")
     return rc
+
+
+cdef int closed(str what) except -1:
+    raise OSError(errno.EBADF, f"{what}: it is closed")
 
 
 def libbpf_version() -> str:
@@ -102,11 +110,15 @@ cdef class BpfObject:
 
     def map(self, str name, int key_bytes, int value_bytes):
         cdef bytes c_name = name.encode()
+        if self._object == NULL:
+            closed(f"find map {name}")
         return BpfMap(os.dup(check(shim_map_fd(self._object, c_name), f"find map {name}")), name, key_bytes, value_bytes)
 
     def program_fd(self, str name) -> int:
         """Descriptor of a program, owned by this object."""
         cdef bytes c_name = name.encode()
+        if self._object == NULL:
+            closed(f"find program {name}")
         return check(shim_program_fd(self._object, c_name), f"find program {name}")
 
     def close(self) -> None:
@@ -126,8 +138,10 @@ cdef class BpfMap:
     cdef readonly str name
     cdef readonly int key_bytes
     cdef readonly int value_bytes
+    cdef object _lock
 
     def __cinit__(self, int fd, str name, int key_bytes, int value_bytes):
+        self._lock = threading.Lock()
         self.fd = fd
         self.name = name
         self.key_bytes = key_bytes
@@ -178,7 +192,7 @@ cdef class BpfMap:
             raise ValueError(f"{self.name}: keys and values do not match")
         if count == 0:
             return 0
-        with nogil:
+        with self._lock, nogil:
             rc = shim_update_batch(self.fd, k, v, count, &done)
         check(rc, f"update {count} rows of {self.name} ({done} written)")
         return done
@@ -191,7 +205,7 @@ cdef class BpfMap:
         cdef int rc
         if count == 0:
             return 0
-        with nogil:
+        with self._lock, nogil:
             rc = shim_delete_batch(self.fd, k, count, size, &done)
         check(rc, f"delete {count} rows of {self.name}")
         return done
@@ -212,50 +226,54 @@ cdef class BpfMap:
             found.append(following)
             last = following
 
-    def __iter__(self):
-        return iter(self.keys())
-
     def items(self) -> list:
         return [(key, value) for key in self.all_keys() if (value := self.get(key)) is not None]
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
 
 
 cdef class RingBuffer:
-    """The reading end of the event ring; one reader at a time."""
+    """The reading end of the event ring; one reader at a time, a second waits."""
 
     cdef shim_ring _ring
-    cdef bytes _buffer
+    cdef object _lock
 
     def __cinit__(self, int map_fd):
+        self._lock = threading.Lock()
         memset(&self._ring, 0, sizeof(self._ring))
         check(shim_ring_open(&self._ring, map_fd), "open the event ring")
 
     @property
     def fd(self) -> int:
         """An epoll descriptor that is readable when records wait."""
+        if self._ring.ring == NULL:
+            closed("ask for the event ring's descriptor")
         return shim_ring_fd(&self._ring)
 
     def drain(self, size_t limit) -> bytes:
-        """At most `limit` waiting records, back to back."""
+        """At most `limit` waiting records, back to back; none once it is closed."""
         cdef abi.clawker_event *buffer = <abi.clawker_event *>PyMem_Malloc(limit * sizeof(abi.clawker_event))
-        cdef int count
+        cdef int count = 0  # of a closed ring
         if buffer == NULL:
             raise MemoryError
         try:
-            with nogil:
-                count = shim_ring_drain(&self._ring, buffer, limit)
+            with self._lock:
+                if self._ring.ring != NULL:
+                    with nogil:
+                        count = shim_ring_drain(&self._ring, buffer, limit)
             check(count, "read the event ring")
             return PyBytes_FromStringAndSize(<char *>buffer, count * sizeof(abi.clawker_event))
         finally:
             PyMem_Free(buffer)
 
     def close(self) -> None:
-        if self._ring.ring != NULL:
-            shim_ring_close(&self._ring)
+        with self._lock:
+            if self._ring.ring != NULL:
+                shim_ring_close(&self._ring)
 
     def __dealloc__(self):
         if self._ring.ring != NULL:

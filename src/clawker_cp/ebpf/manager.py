@@ -331,11 +331,10 @@ class Manager:
 
     def drain_events(self, limit: int = 4096) -> list[accel.KernelEvent]:
         """
-        Take at most `limit` waiting decision records, oldest first.
+        Take at most `limit` waiting decision records, oldest first; none once the manager is closed.
         """
-        if self._ring is None:
-            return []
-        return accel.decode_events(self._ring.drain(limit))
+        ring = self._ring  # once: another thread may close the manager here
+        return [] if ring is None else accel.decode_events(ring.drain(limit))
 
     def counters(self) -> dict[tuple[int, int, int, int, int], int]:
         """

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from clawker_cp.engines.host.namespaces import in_netns
@@ -19,6 +20,7 @@ from clawker_cp.testing.machine import Machine
 
 READY_LIMIT_S = 40.0
 POLL_S = 0.02
+LOG_SHOWN = 4000
 STOP_LIMIT_S = 30.0
 _PRELUDE = """
 import asyncio, json, os, sys, time
@@ -57,9 +59,10 @@ asyncio.run(run())
 class Served:
     """One running server on a machine."""
 
-    def __init__(self, machine: Machine, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, machine: Machine, process: asyncio.subprocess.Process, log: Path) -> None:
         self.machine = machine
         self.process = process
+        self.log = log
 
     async def call(self, body: str, *, timeout_s: float = 60) -> dict[str, Any]:
         """
@@ -70,7 +73,7 @@ class Served:
             [sys.executable, "-c", code], env=self.machine.environment, timeout_s=timeout_s
         )
         if done.code != 0:
-            raise AssertionError(f"the caller failed: {done.err[-4000:]}")
+            raise AssertionError(f"the caller failed: {done.err[-4000:]}\n{self.state()}")
         said: dict[str, Any] = json.loads(done.out.splitlines()[-1])
         return said
 
@@ -91,8 +94,16 @@ class Served:
         async with asyncio.timeout(READY_LIMIT_S):
             while not await asyncio.to_thread(in_netns, self.machine.host.netns, _healthy):
                 if self.process.returncode is not None:
-                    raise AssertionError(f"the server ended with {self.process.returncode}")
+                    raise AssertionError(self.state())
                 await asyncio.sleep(POLL_S)
+
+    def state(self) -> str:
+        """
+        Whether the server runs, or how it ended, with the last it logged: what a failed test needs to tell.
+        """
+        ended = self.process.returncode
+        said = self.log.read_text(errors="replace")[-LOG_SHOWN:]
+        return f"the server {'runs' if ended is None else f'ended with {ended}'}; its log ends with:\n{said}"
 
     async def stop(self, signo: int = signal.SIGTERM) -> int:
         """
@@ -121,14 +132,13 @@ async def serving(machine: Machine, *options: str) -> AsyncIterator[Served]:
     """
     `clawker-cp serve` until the block ends.
     """
-    process = await machine.host.start(
-        [sys.executable, "-m", "clawker_cp", "serve", *options],
-        env=machine.environment,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    served = Served(machine, process)
+    log = machine.host.directory / "serve.log"
+    with log.open("ab") as out:
+        process = await machine.host.start(
+            [sys.executable, "-X", "faulthandler", "-m", "clawker_cp", "serve", *options],
+            env=machine.environment, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
+        )  # fmt: skip
+    served = Served(machine, process, log)
     try:
         await served.wait_ready()
         yield served
