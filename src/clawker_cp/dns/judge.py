@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from clawker_cp.accel import Query, build_reply
 from clawker_cp.dns import resolved as wire
+from clawker_cp.dns.address_answer import Shape
 from clawker_cp.dns.addresses import AddressFilter, IPNetwork, kernel_form
 from clawker_cp.dns.budgets import Budgets
 from clawker_cp.dns.ports import (
@@ -29,7 +30,7 @@ from clawker_cp.dns.ports import (
     Verdict,
 )
 from clawker_cp.dns.reserved import CONTROL_PLANE, ReservedNames
-from clawker_cp.dns.resolved import AnswerCache, Resolved, Shape
+from clawker_cp.dns.resolved import AnswerCache, Resolved
 from clawker_cp.dns.settings import GateSettings
 from clawker_cp.errors import ClawkerError
 

@@ -1,8 +1,8 @@
 """
 What a forwarder said, reduced to what agents may see, and the cache of it.
 
-Parsing and re-writing of records is dnspython's; one answer is written once per kind of client
-(private addresses or not) and then only copied. No I/O.
+Parsing and re-writing of records is dnspython's, but for plain addresses; one answer is written once per kind of
+client (private addresses or not) and then only copied. No I/O.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import dns.rdatatype
 import dns.rdtypes.svcbbase
 import dns.rrset
 
+from clawker_cp.dns.address_answer import HEADER, AddressAnswer, Shape, read_addresses
 from clawker_cp.dns.addresses import AddressFilter, kernel_form
 
 A, NS, CNAME, SOA, NULL, PTR, MX, TXT, AAAA, SRV, SVCB, HTTPS, ANY, CAA = (
@@ -47,39 +48,13 @@ MAX_NEGATIVE_S = 300
 DEFAULT_NEGATIVE_S = 5
 MAX_LIFE_S = 86_400
 MAX_RECORDS = 512  # reading more would hold the loop for milliseconds, and no agent may have as many rows
-HEADER = 12
 
 # Removed from HTTPS and SVCB: ech would hide the name from the proxy, hints go around the name cache.
 _REMOVED_PARAMS = (4, 5, 6)
 _MANDATORY = 0
 
 
-class Shape:
-    """
-    One answer as octets: `body` stands right after the question.
-
-    `rows` are (kernel form, address, received TTL); `refused`: there were addresses and none may be answered.
-    """
-
-    __slots__ = ("addresses", "answers", "authority", "body", "refused", "rows", "ttl_offsets")
-
-    def __init__(
-        self,
-        body: bytes,
-        answers: int,
-        authority: int,
-        ttl_offsets: tuple[int, ...],
-        rows: tuple[tuple[bytes, int], ...],
-        addresses: tuple[bytes, ...],
-        refused: bool,
-    ) -> None:
-        self.body = body
-        self.answers = answers
-        self.authority = authority
-        self.ttl_offsets = ttl_offsets
-        self.rows = rows
-        self.addresses = addresses
-        self.refused = refused
+Records = tuple[dns.rrset.RRset, ...] | AddressAnswer
 
 
 class Resolved:
@@ -107,7 +82,7 @@ class Resolved:
         self,
         question: bytes,
         rcode: int,
-        records: tuple[dns.rrset.RRset, ...],
+        records: Records,
         *,
         received_ns: int,
         life_s: int,
@@ -132,7 +107,10 @@ class Resolved:
         """Return the octets for a client that may (not) have private addresses; made once each."""
         made = self._private if private else self._public
         if made is None:
-            made, whole = _write(self.question, self.rcode, self.records, admits, private=private)
+            if isinstance(self.records, AddressAnswer):
+                made, whole = self.records.write(self.question, admits, private=private)
+            else:
+                made, whole = _write(self.question, self.rcode, self.records, admits, private=private)
             if private:
                 self._private = made
             else:
@@ -168,19 +146,8 @@ def read_answer(message: bytes, question: bytes, *, now_ns: int, zone: str = "."
     qtype = struct.unpack_from("!H", question, len(question) - 4)[0]
     if sum(struct.unpack_from("!3H", message, 6)) > MAX_RECORDS:
         raise ValueError(f"more than {MAX_RECORDS} records")
-    try:
-        parsed = dns.message.from_wire(message, ignore_trailing=True, one_rr_per_rrset=False)
-    except (dns.exception.DNSException, ValueError, struct.error):
-        if qtype in (HTTPS, SVCB):
-            return Resolved(question, NOERROR, (), received_ns=now_ns, life_s=DEFAULT_NEGATIVE_S, zone=zone)
-        raise
-    rcode = int(parsed.rcode())
-    # Another class gives the same type another layout, which would go out as class IN, unfiltered.
-    ours = [found for found in parsed.answer if found.rdclass == dns.rdataclass.IN]
-    kept = tuple(_presentable(found) for found in ours if found.rdtype in (qtype, CNAME, DNAME))
-    life_s = min((int(found.ttl) for found in kept), default=MAX_LIFE_S)
-    if rcode != NOERROR or not any(found.rdtype == qtype for found in kept):
-        life_s = min(life_s, _negative_s(parsed))
+    plain = read_addresses(message, question)
+    rcode, life_s, kept = _parsed(message, qtype) if plain is None else (NOERROR, plain.ttl, plain)
     return Resolved(
         question,
         rcode,
@@ -191,6 +158,24 @@ def read_answer(message: bytes, question: bytes, *, now_ns: int, zone: str = "."
         own_zone=own_zone,
         size=2 * len(message),
     )
+
+
+def _parsed(message: bytes, qtype: int) -> tuple[int, int, Records]:
+    """Read a message of any kind; returns its code, how long it may be kept, and the records of interest."""
+    try:
+        parsed = dns.message.from_wire(message, ignore_trailing=True, one_rr_per_rrset=False)
+    except (dns.exception.DNSException, ValueError, struct.error):
+        if qtype in (HTTPS, SVCB):
+            return NOERROR, DEFAULT_NEGATIVE_S, ()
+        raise
+    rcode = int(parsed.rcode())
+    # Another class gives the same type another layout, which would go out as class IN, unfiltered.
+    ours = [found for found in parsed.answer if found.rdclass == dns.rdataclass.IN]
+    kept = tuple(_presentable(found) for found in ours if found.rdtype in (qtype, CNAME, DNAME))
+    life_s = min((int(found.ttl) for found in kept), default=MAX_LIFE_S)
+    if rcode != NOERROR or not any(found.rdtype == qtype for found in kept):
+        life_s = min(life_s, _negative_s(parsed))
+    return rcode, life_s, kept
 
 
 def _negative_s(parsed: dns.message.Message) -> int:

@@ -94,11 +94,11 @@ def test_addresses_by_client() -> None:
 
 def test_parsed_records_are_not_kept() -> None:
     """Once written, an answer of which nothing was dropped is only octets; one with drops keeps its records."""
-    for address, kept in (("203.0.113.1", 0), ("10.0.0.1", 1)):
+    for address, kept in (("203.0.113.1", False), ("10.0.0.1", True)):
         raw, question, message = forwarded("a.example", "A", f"a.example. 60 A {address}")
         known = read_answer(message, question, now_ns=0)
         known.shape(PUBLIC, private=False)
-        assert len(known.records) == kept
+        assert (known.records != ()) is kept
         assert len(written(raw, known, private=True).answer[0]) == 1
 
 
