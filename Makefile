@@ -18,20 +18,20 @@ JOBS ?= 2
 PYTHONS := src tests benchmarks tools setup.py
 REQUIREMENTS = $(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml","rb"))["build-system"]["requires"]))'
 
-.PHONY: help run test test-fast test-asan coverage dev build bench bench-once peers image lint types fmt ci doctor system clean
+.PHONY: help run test test-fast test-asan coverage dev build bench bench-once peers image lint types fmt ci doctor system clean bytecode
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-run: $(BUILT) ## a tour of the main job on real traffic, in namespaces of its own
+run: bytecode ## a tour of the main job on real traffic, in namespaces of its own
 	@$(BIN)/python -m clawker_cp.demo
 
-test: $(BUILT) ## every test; those that need root, BPF or a tool say so when they cannot run
+test: bytecode ## every test; those that need root, BPF or a tool say so when they cannot run
 	@[ "$$(id -u)" != 0 ] || mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf || true
 	@$(PYTHON) tools/toolchain.py doctor >&2 || true
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
-test-fast: $(BUILT) ## the tests without root, Envoy and waiting
+test-fast: bytecode ## the tests without root, Envoy and waiting
 	@$(BIN)/python -m pytest -m 'not root and not slow and not envoy and not docker' -n $(JOBS) $(TESTS)
 
 # What decides who may pass has no line that no test has seen; the servicers lag behind and only catch up.
@@ -60,7 +60,7 @@ dev: $(BUILT) ## a working tree from nothing: system packages, virtual environme
 build: $(BUILT) ## wheel and sdist in dist/
 	@$(BIN)/python -m build -q --no-isolation
 
-bench: $(BUILT) ## the benchmarks, as ratios in one run
+bench: bytecode ## the benchmarks, as ratios in one run
 	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group -q -s -o faulthandler_timeout=0
 
 bench-once: $(BUILT) ## each benchmark once with timing off, so that none rots
@@ -114,6 +114,10 @@ $(PACKAGED): pyproject.toml | system
 $(BUILT): $(PACKAGED) $(SOURCES) | system
 	@$(PIP) install --no-build-isolation -e .
 	@touch $@
+
+# As pip does it for an installed package: where PYTHONDONTWRITEBYTECODE is set, each start would compile all of it anew.
+bytecode: $(BUILT)
+	@$(BIN)/python -m compileall -q src/clawker_cp
 
 clean: ## remove everything that was made here
 	@rm -rf build dist $(VENV) src/*.egg-info src/clawker_cp/_bpf src/clawker_cp/_proto src/clawker_cp/_fast/*.so
