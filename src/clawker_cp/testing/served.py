@@ -12,7 +12,6 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from clawker_cp.engines.host.namespaces import in_netns
@@ -20,7 +19,7 @@ from clawker_cp.testing.machine import Machine
 
 READY_LIMIT_S = 40.0
 POLL_S = 0.02
-LOG_SHOWN = 4000
+LOG, LOG_SHOWN = "serve.log", 4000
 STOP_LIMIT_S = 30.0
 _PRELUDE = """
 import asyncio, json, os, sys, time
@@ -59,10 +58,9 @@ asyncio.run(run())
 class Served:
     """One running server on a machine."""
 
-    def __init__(self, machine: Machine, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, machine: Machine, process: asyncio.subprocess.Process) -> None:
         self.machine = machine
         self.process = process
-        self.log = log
 
     async def call(self, body: str, *, timeout_s: float = 60) -> dict[str, Any]:
         """
@@ -102,7 +100,8 @@ class Served:
         Whether the server runs, or how it ended, with the last it logged: what a failed test needs to tell.
         """
         ended = self.process.returncode
-        said = self.log.read_text(errors="replace")[-LOG_SHOWN:]
+        log = self.machine.host.directory / LOG
+        said = log.read_text(errors="replace")[-LOG_SHOWN:] if log.exists() else ""
         return f"the server {'runs' if ended is None else f'ended with {ended}'}; its log ends with:\n{said}"
 
     async def stop(self, signo: int = signal.SIGTERM) -> int:
@@ -132,13 +131,12 @@ async def serving(machine: Machine, *options: str) -> AsyncIterator[Served]:
     """
     `clawker-cp serve` until the block ends.
     """
-    log = machine.host.directory / "serve.log"
-    with log.open("ab") as out:
+    with (machine.host.directory / LOG).open("ab") as out:
         process = await machine.host.start(
             [sys.executable, "-X", "faulthandler", "-m", "clawker_cp", "serve", *options],
             env=machine.environment, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
         )  # fmt: skip
-    served = Served(machine, process, log)
+    served = Served(machine, process)
     try:
         await served.wait_ready()
         yield served
