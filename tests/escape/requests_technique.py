@@ -6,25 +6,31 @@ less `https://www.example.com/admin`; prints one JSON line per attempt with the 
 reached an origin is for the outside world to say. HTTP/1 uses the standard library only, HTTP/2 wants `h2`.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import socket
 import ssl
-import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+Headers = Sequence[tuple[str, str]]
 API, WWW = b"api.example.com", b"www.example.com"
 LIMIT_S = 3.0
 SMUGGLED = b"GET /admin HTTP/1.1\r\nHost: api.example.com\r\n\r\n"
 END = 5 + len(SMUGGLED)
 
 
-def get(target=b"/v1/ok", host=API, more=b"", body=b"", method=b"GET"):
+def get(
+    target: bytes = b"/v1/ok", host: bytes | None = API, more: bytes = b"", body: bytes = b"", method: bytes = b"GET"
+) -> bytes:
     line = b"Host: " + host + b"\r\n" if host is not None else b""
     return method + b" " + target + b" HTTP/1.1\r\n" + line + more + b"\r\n" + body
 
 
-def post(more, body):
+def post(more: bytes, body: bytes) -> bytes:
     return get(more=more, body=body, method=b"POST")
 
 
@@ -98,7 +104,7 @@ DENIED_BELOW_ALLOWED = [b"/admin", b"/%61dmin", b"/%2561dmin", b"/adm%69n/x", b"
 NAMES = ["evil.example.org", "api.example.com.", "www.example.com", "198.51.100.10", None]
 
 
-def connect(name, alpn):
+def connect(name: str | None, alpn: str) -> ssl.SSLSocket:
     context = ssl.create_default_context()
     if name != "api.example.com":
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -107,7 +113,7 @@ def connect(name, alpn):
     return context.wrap_socket(raw, server_hostname=name)
 
 
-def one(data, name="api.example.com"):
+def one(data: bytes, name: str | None = "api.example.com") -> Sequence[str | bytes]:
     """Send bytes and return the status codes of everything that came back."""
     with connect(name, "http/1.1") as tls:
         tls.settimeout(LIMIT_S)
@@ -126,7 +132,7 @@ def one(data, name="api.example.com"):
     return re.findall(rb"HTTP/1.1 (\d+)", got)
 
 
-def by_http2(headers, body=b""):
+def by_http2(headers: Headers, body: bytes = b"") -> Sequence[str | bytes]:
     import h2.config
     import h2.connection
     import h2.events
@@ -160,8 +166,10 @@ def by_http2(headers, body=b""):
             return ["closed"]
 
 
-def pseudo(method="GET", path="/v1/ok", authority="api.example.com", scheme="https", more=()):
-    return [(":method", method), (":scheme", scheme), (":authority", authority), (":path", path), *more]
+def pseudo(
+    method: str = "GET", path: str = "/v1/ok", authority: str = "api.example.com", more: Headers = ()
+) -> list[tuple[str, str]]:
+    return [(":method", method), (":scheme", "https"), (":authority", authority), (":path", path), *more]
 
 
 HTTP2 = [
@@ -189,7 +197,7 @@ HTTP2 = [
 ]
 
 
-def tell(kind, name, action):
+def tell(kind: str, name: str, action: Callable[[], Iterable[str | bytes]]) -> None:
     started = time.monotonic()
     try:
         codes = [code.decode() if isinstance(code, bytes) else code for code in action()]
@@ -198,18 +206,18 @@ def tell(kind, name, action):
     print(json.dumps({"kind": kind, "name": name, "codes": codes, "s": time.monotonic() - started}), flush=True)
 
 
-def main():
+def main() -> None:
     for name, data in REFUSED:
-        tell("refused", name, lambda data=data: one(data))
-    for name in NAMES:
-        tell("refused", f"server name {name}", lambda name=name: one(get(), name))
+        tell("refused", name, partial(one, data))
+    for server in NAMES:
+        tell("refused", f"server name {server}", partial(one, get(), server))
     for name, data in JUDGED_APART:
-        tell("apart", name, lambda data=data: one(data))
+        tell("apart", name, partial(one, data))
     for target in DENIED_BELOW_ALLOWED:
         data = get(target, WWW)
-        tell("refused", f"denied {target!r}", lambda data=data: one(data, "www.example.com"))
+        tell("refused", f"denied {target!r}", partial(one, data, "www.example.com"))
     for name, headers in HTTP2:
-        tell("refused", f"HTTP/2: {name}", lambda headers=headers: by_http2(headers))
+        tell("refused", f"HTTP/2: {name}", partial(by_http2, headers))
     beside = pseudo(more=[("host", "evil.example.org")])
     tell("apart", "HTTP/2: another host beside the authority", lambda: by_http2(beside))
     body = b"0\r\n\r\n" + SMUGGLED
@@ -218,4 +226,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,6 +6,8 @@ normally if it thinks it got through and raises OSError if it was stopped; wheth
 arrived is for the outside world to say. Numbers are the rows of the threat list.
 """
 
+from __future__ import annotations
+
 import array
 import ctypes
 import errno
@@ -14,92 +16,93 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Callable
+from typing import Any
 
 OUT = ("198.51.100.10", 443)
 OPEN = ("203.0.113.66", 6379)  # every port of the world answers; no rule names this one
 MARK = b"escaped-"
 LIMIT_S = 2.0
-ATTEMPTS = []
+Attempt = Callable[[], None]
+ATTEMPTS: list[tuple[str, str, Attempt, bool]] = []
 
 
-def attempt(row, fast=True):
-    def register(function):
+def attempt(row: str, fast: bool = True) -> Callable[[Attempt], Attempt]:
+    def register(function: Attempt) -> Attempt:
         ATTEMPTS.append((row, function.__name__, function, fast))
         return function
 
     return register
 
 
-def tcp(address=OPEN, family=socket.AF_INET, **options):
-    s = socket.socket(family, socket.SOCK_STREAM)
+def tcp(address: tuple[str, int] = OPEN) -> socket.socket:
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     s.settimeout(LIMIT_S)
-    for (level, name), value in options.items():
-        s.setsockopt(level, name, value)
     s.connect(address)
     s.send(MARK + b"tcp")
     return s
 
 
 @attempt("1")
-def tcp_connect():
+def tcp_connect() -> None:
     tcp()
 
 
 @attempt("1")
-def udp_sendto():
+def udp_sendto() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.sendto(MARK, ("203.0.113.66", 5000))
 
 
 @attempt("2")
-def icmp_ping_socket():
+def icmp_ping_socket() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
     s.sendto(b"\x08\x00\x00\x00\x00\x01\x00\x01" + MARK, (OPEN[0], 0))
 
 
 @attempt("2")
-def icmp6_ping_socket():
+def icmp6_ping_socket() -> None:
     s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM, 58)
     s.sendto(b"\x80\x00\x00\x00\x00\x01\x00\x01" + MARK, ("2001:db8::10", 0))
 
 
 @attempt("3")
-def ipv6_routing_header():
+def ipv6_routing_header() -> None:
     s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     s.setsockopt(41, 57, struct.pack("BBBBI16s", 0, 2, 0, 1, 0, socket.inet_pton(socket.AF_INET6, "2001:db8::10")))
     s.sendto(MARK, ("::1", 5000))
 
 
 @attempt("3")
-def ipv6_destination_options():
+def ipv6_destination_options() -> None:
     s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     s.setsockopt(41, 59, bytes(8))
     s.sendto(MARK, ("2001:db8::10", 5000))
 
 
 @attempt("4")
-def gateway_services():
+def gateway_services() -> None:
     tcp((gateway(), 9902))
 
 
 @attempt("4")
-def host_address_beyond_the_gateway():
+def host_address_beyond_the_gateway() -> None:
     tcp(("192.0.2.1", 22))
 
 
 @attempt("4")
-def admin_port_of_the_control_plane():
+def admin_port_of_the_control_plane() -> None:
     tcp((gateway(), 7443))
 
 
 @attempt("5")
-def sibling_sandbox():
+def sibling_sandbox() -> None:
     own = int(own_address().rsplit(".", 1)[1])
     tcp((own_address().rsplit(".", 1)[0] + f".{own + 1}", 8000))
 
 
 @attempt("7", fast=False)
-def socket_passed_in_from_a_child():
+def socket_passed_in_from_a_child() -> None:
     # Same cgroup here; the point is that the packet is judged, not who connected.
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     pid = os.fork()
@@ -114,7 +117,7 @@ def socket_passed_in_from_a_child():
 
 
 @attempt("10")
-def marked_socket():
+def marked_socket() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     s.settimeout(LIMIT_S)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x1)
@@ -123,21 +126,21 @@ def marked_socket():
 
 
 @attempt("11", fast=False)
-def packet_socket_frame():
+def packet_socket_frame() -> None:
     s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
     s.bind(("eth0", 0))
     s.send(frame(own_mac(), own_address(), OPEN[0]))
 
 
 @attempt("11", fast=False)
-def packet_socket_spoofed():
+def packet_socket_spoofed() -> None:
     s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
     s.bind(("eth0", 0))
     s.send(frame(b"\x02\xca\x0a\xe7\x50\xfe", "10.231.80.254", OPEN[0]))
 
 
 @attempt("36", fast=False)
-def vlan_tagged_frame():
+def vlan_tagged_frame() -> None:
     s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
     s.bind(("eth0", 0))
     inner = frame(own_mac(), own_address(), OPEN[0])
@@ -146,20 +149,20 @@ def vlan_tagged_frame():
 
 
 @attempt("12")
-def raw_socket():
+def raw_socket() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
     s.sendto(ip_packet(own_address(), OPEN[0]), (OPEN[0], 0))
 
 
 @attempt("13")
-def source_route_option():
+def source_route_option() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.setsockopt(socket.IPPROTO_IP, 4, b"\x83\x07\x04" + socket.inet_aton(OPEN[0]) + b"\x00")
     s.sendto(MARK, (gateway(), 53))
 
 
 @attempt("15", fast=False)  # routed out of the device, where the kernel drops it as a martian
-def bound_to_device_and_loopback():
+def bound_to_device_and_loopback() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     s.settimeout(LIMIT_S)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
@@ -168,14 +171,14 @@ def bound_to_device_and_loopback():
 
 
 @attempt("17")
-def tcp_fast_open():
+def tcp_fast_open() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     s.settimeout(LIMIT_S)
     s.sendto(MARK, 0x20000000, OPEN)
 
 
 @attempt("17")
-def mptcp():
+def mptcp() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
     s.settimeout(LIMIT_S)
     s.connect(OPEN)
@@ -183,41 +186,41 @@ def mptcp():
 
 
 @attempt("17")
-def udp_lite():
+def udp_lite() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 136)
     s.sendto(MARK, ("203.0.113.66", 5000))
 
 
 @attempt("17")
-def sctp():
+def sctp() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)
     s.settimeout(LIMIT_S)
     s.connect(OPEN)
 
 
 @attempt("17")
-def vsock():
+def vsock() -> None:
     s = socket.socket(40, socket.SOCK_STREAM)
     s.settimeout(LIMIT_S)
     s.connect((2, 1024))
 
 
 @attempt("18")
-def connected_udp_then_elsewhere():
+def connected_udp_then_elsewhere() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.connect((gateway(), 53))
     s.sendto(MARK, ("203.0.113.66", 5000))
 
 
 @attempt("18")
-def udp_cork_then_elsewhere():
+def udp_cork_then_elsewhere() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.sendto(MARK, socket.MSG_MORE, ("203.0.113.66", 5000))
     s.sendto(MARK, ("203.0.113.66", 5000))
 
 
 @attempt("18")
-def v4_mapped_address():
+def v4_mapped_address() -> None:
     s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
     s.settimeout(LIMIT_S)
     s.connect(("::ffff:203.0.113.66", 6379))
@@ -225,33 +228,33 @@ def v4_mapped_address():
 
 
 @attempt("18")
-def v4_mapped_datagram():
+def v4_mapped_datagram() -> None:
     s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     s.sendto(MARK, ("::ffff:203.0.113.66", 5000))
 
 
 @attempt("18")
-def broadcast():
+def broadcast() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
     s.sendto(MARK, ("255.255.255.255", 5000))
 
 
 @attempt("18")
-def multicast():
+def multicast() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.sendto(MARK, ("224.0.0.251", 5353))
 
 
 @attempt("18")
-def native_ipv6():
+def native_ipv6() -> None:
     s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
     s.settimeout(LIMIT_S)
     s.connect(("2001:db8::10", 443))
 
 
 @attempt("19", fast=False)
-def user_namespace_root():
+def user_namespace_root() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     pid = os.fork()
     if pid == 0:
@@ -268,22 +271,22 @@ def user_namespace_root():
 
 
 @attempt("20")
-def another_policys_proxy_port():
+def another_policys_proxy_port() -> None:
     tcp((gateway(), 10000))
 
 
 @attempt("20")
-def dedicated_band_port():
+def dedicated_band_port() -> None:
     tcp((gateway(), 10001))
 
 
 @attempt("21")
-def dns_over_tls_elsewhere():
+def dns_over_tls_elsewhere() -> None:
     tcp(("203.0.113.66", 853))
 
 
 @attempt("21")
-def another_resolver_for_a_denied_name():
+def another_resolver_for_a_denied_name() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.settimeout(LIMIT_S)
     name = b"".join(bytes([len(p)]) + p for p in b"evil.example.org".split(b"."))
@@ -294,7 +297,7 @@ def another_resolver_for_a_denied_name():
 
 
 @attempt("24", fast=False)
-def allowed_address_with_another_sni():
+def allowed_address_with_another_sni() -> None:
     import ssl
 
     context = ssl.create_default_context()
@@ -308,7 +311,7 @@ def allowed_address_with_another_sni():
 
 
 @attempt("24", fast=False)
-def host_header_of_another_name():
+def host_header_of_another_name() -> None:
     import ssl
 
     context = ssl.create_default_context()
@@ -320,7 +323,7 @@ def host_header_of_another_name():
 
 
 @attempt("25", fast=False)
-def connect_method():
+def connect_method() -> None:
     import ssl
 
     context = ssl.create_default_context()
@@ -332,12 +335,12 @@ def connect_method():
 
 
 @attempt("33")
-def engine_resolver_port():
+def engine_resolver_port() -> None:
     tcp(("127.0.0.11", 40000))
 
 
 @attempt("35")
-def host_unix_sockets():
+def host_unix_sockets() -> None:
     for path in (
         "/run/docker.sock",
         "/var/run/docker.sock",
@@ -354,7 +357,7 @@ def host_unix_sockets():
 
 
 @attempt("35")
-def mount_of_kernel_file_systems():
+def mount_of_kernel_file_systems() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     for kind in (b"bpf", b"cgroup2", b"sysfs"):
         if libc.mount(b"none", b"/tmp", kind, 0, None) == 0:
@@ -363,24 +366,24 @@ def mount_of_kernel_file_systems():
 
 
 @attempt("35")
-def tracing_a_process_of_the_host():
+def tracing_a_process_of_the_host() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.ptrace(16, 4000, 0, 0) == 0:
         return
     raise OSError(ctypes.get_errno(), "no such process here")
 
 
-def call(number, *arguments):
+def call(number: int, *arguments: Any) -> int:
     """A system call by its x86-64 number; OSError as the kernel says."""
     libc = ctypes.CDLL(None, use_errno=True)
-    got = libc.syscall(number, *arguments)
+    got: int = libc.syscall(number, *arguments)
     if got < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return got
 
 
 @attempt("17")
-def io_uring_connect():
+def io_uring_connect() -> None:
     ring = call(425, 8, ctypes.create_string_buffer(120))
     # Without a filter there is a ring; the connect in it is judged like any other.
     entries = io_uring(ring)
@@ -388,14 +391,14 @@ def io_uring_connect():
 
 
 @attempt("17", fast=False)
-def vsock_listen():
+def vsock_listen() -> None:
     s = socket.socket(40, socket.SOCK_STREAM)
     s.bind((0xFFFFFFFF, 5000))
     s.listen()
 
 
 @attempt("18")
-def reconnect_after_unspec():
+def reconnect_after_unspec() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.connect((gateway(), 53))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -405,7 +408,7 @@ def reconnect_after_unspec():
 
 
 @attempt("18")
-def unspec_family_means_ipv4():
+def unspec_family_means_ipv4() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     target = struct.pack("=H", 0) + struct.pack("!H", 5000) + socket.inet_aton("203.0.113.66") + bytes(8)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -414,14 +417,14 @@ def unspec_family_means_ipv4():
 
 
 @attempt("18")
-def several_datagrams_in_one_call():
+def several_datagrams_in_one_call() -> None:
     s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     s.connect((gateway(), 53))
     s.sendmsg([MARK], [], 0, ("203.0.113.66", 5000))
 
 
 @attempt("4")
-def every_spelling_of_the_host_itself():
+def every_spelling_of_the_host_itself() -> None:
     for address in ("127.0.0.1", "127.0.0.53", "127.1.2.3", "0.0.0.0", own_address()):
         try:
             tcp((address, 22))
@@ -432,9 +435,9 @@ def every_spelling_of_the_host_itself():
 
 
 @attempt("19", fast=False)
-def user_namespace_with_a_cgroup_tree():
+def user_namespace_with_a_cgroup_tree() -> None:
     # Root of a new namespace mounts the cgroup file system and goes into a child group of its own.
-    code = """
+    script = """
 import ctypes, os, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
 uid = os.getuid()
@@ -456,13 +459,13 @@ except OSError:
     sys.exit(1)
 s.send(b"escaped-")
 """
-    code = os.spawnl(os.P_WAIT, "/usr/bin/python3", "python3", "-c", code)
+    code = os.spawnl(os.P_WAIT, "/usr/bin/python3", "python3", "-c", script)
     if code:
         raise OSError(errno.EACCES, f"child ended with {code}")
 
 
 @attempt("35")
-def borrowing_the_init_process():
+def borrowing_the_init_process() -> None:
     # Root may trace root: an init without the filter would make the sockets that the filter refuses.
     call(101, 0x4206, 1, 0, 0)
     filtered = [line for line in open("/proc/1/status") if line.startswith("Seccomp:")]
@@ -471,7 +474,7 @@ def borrowing_the_init_process():
 
 
 @attempt("35")
-def descriptors_of_the_init_process():
+def descriptors_of_the_init_process() -> None:
     held = [os.readlink(f"/proc/1/fd/{name}") for name in os.listdir("/proc/1/fd")]
     own = {os.readlink(f"/proc/self/fd/{name}") for name in ("0", "1", "2")}
     if all(one in own or one.startswith(("anon_inode:", "pipe:", "/dev/")) for one in held):
@@ -479,13 +482,13 @@ def descriptors_of_the_init_process():
 
 
 @attempt("35")
-def namespaces_by_descriptor():
+def namespaces_by_descriptor() -> None:
     for name in ("net", "mnt", "pid", "cgroup"):
         call(308, os.open(f"/proc/1/ns/{name}", os.O_RDONLY), 0)
 
 
 @attempt("35")
-def bpf_calls():
+def bpf_calls() -> None:
     for command, size in ((12, 16), (7, 16), (0, 72), (5, 120)):  # next map id, object by path, new map, new program
         try:
             call(321, command, ctypes.create_string_buffer(struct.pack("IIII", 1, 4, 4, 1) + bytes(128)), size)
@@ -496,7 +499,7 @@ def bpf_calls():
 
 
 @attempt("35")
-def new_mount_calls():
+def new_mount_calls() -> None:
     for number, *arguments in ((430, b"cgroup2", 0), (428, -100, b"/", 1), (155, b"/tmp", b"/tmp")):
         try:
             call(number, *arguments)
@@ -507,7 +510,7 @@ def new_mount_calls():
 
 
 @attempt("35")
-def programs_that_the_kernel_starts():
+def programs_that_the_kernel_starts() -> None:
     for path in ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modprobe", "/proc/sysrq-trigger"):
         try:
             open(path, "r+b", buffering=0).close()
@@ -518,7 +521,7 @@ def programs_that_the_kernel_starts():
 
 
 @attempt("35")
-def devices_of_the_host():
+def devices_of_the_host() -> None:
     for kind, major, minor in ((0o060666, 254, 0), (0o060666, 8, 0), (0o020666, 1, 1)):
         try:
             os.mknod("/tmp/device", kind, os.makedev(major, minor))
@@ -534,12 +537,12 @@ def devices_of_the_host():
 
 
 @attempt("35")
-def files_by_handle():
+def files_by_handle() -> None:
     call(304, 3, ctypes.create_string_buffer(struct.pack("II", 8, 1) + bytes(24)), os.O_RDONLY)
 
 
 @attempt("36")
-def network_of_the_sandbox_itself():
+def network_of_the_sandbox_itself() -> None:
     # New links, addresses, routes and neighbours would need CAP_NET_ADMIN, which nobody has.
     s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
     new_address = struct.pack("=IHHII", 40, 20, 0x5 | 0x400, 1, 0) + struct.pack("=BBBBI", 2, 32, 0, 0, 2)
@@ -549,7 +552,7 @@ def network_of_the_sandbox_itself():
         raise OSError(-code, os.strerror(-code))
 
 
-def io_uring(ring):
+def io_uring(ring: int) -> int:
     """Connect to OPEN through a ring's submission queue; its result."""
     import mmap
 
@@ -570,25 +573,25 @@ def io_uring(ring):
     struct.pack_into("=I", queue, array_at, 0)
     struct.pack_into("=I", queue, tail_at, struct.unpack_from("=I", queue, tail_at)[0] + 1)
     call(426, ring, 1, 1, 1, None, 0)
-    return struct.unpack_from("=i", queue, cq[5] + 8)[0]
+    return int(struct.unpack_from("=i", queue, cq[5] + 8)[0])
 
 
-def gateway():
+def gateway() -> str:
     for line in open("/etc/resolv.conf"):
         if line.startswith("nameserver"):
             return line.split()[1]
     raise RuntimeError("no nameserver")
 
 
-def own_address():
+def own_address() -> str:
     return socket.gethostbyname(socket.gethostname())
 
 
-def own_mac():
+def own_mac() -> bytes:
     return b"\x02\xca" + socket.inet_aton(own_address())
 
 
-def ip_packet(source, destination):
+def ip_packet(source: str, destination: str) -> bytes:
     body = struct.pack("!HHHH", 4000, 5000, 8 + len(MARK), 0) + MARK
     head = struct.pack(
         "!BBHHHBBH4s4s",
@@ -608,12 +611,12 @@ def ip_packet(source, destination):
     return head[:10] + struct.pack("!H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + head[12:] + body
 
 
-def frame(mac, source, destination):
+def frame(mac: bytes, source: str, destination: str) -> bytes:
     # To the gateway's own MAC: a frame that a host would route, not one it ignores as a broadcast.
     return b"\x02\xca" + socket.inet_aton(gateway()) + mac + b"\x08\x00" + ip_packet(source, destination)
 
 
-def main():
+def main() -> None:
     for row, name, function, fast in ATTEMPTS:
         started = time.monotonic()
         try:
