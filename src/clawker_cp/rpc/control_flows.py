@@ -7,7 +7,7 @@ told. At most 32 watchers of each kind.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class FlowRpcs:
         self._finder = agents
         self._watching: dict[str, int] = {}
 
-    async def WatchFlows(self, request: Any, context: Any) -> AsyncIterator[control_pb2.WatchFlowsResult]:
+    async def WatchFlows(self, request: Any, context: Any) -> AsyncGenerator[control_pb2.WatchFlowsResult, None]:
         if request.last > MAX_LAST:
             raise InvalidInput(f"last: {request.last} is more than {MAX_LAST}")
         if request.since_unix_ns < 0:
@@ -56,7 +56,7 @@ class FlowRpcs:
                     for loss in subscription.losses():
                         yield control_pb2.WatchFlowsResult(loss=loss_message(loss))
 
-    async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[control_pb2.Event]:
+    async def WatchEvents(self, request: Any, context: Any) -> AsyncGenerator[control_pb2.Event, None]:
         with self._room("WatchEvents"):
             async with watch_topics(self._events, request.topics) as events:
                 # The caller learns that it is subscribed before the first event.

@@ -240,6 +240,12 @@ def received(packets: socket.socket) -> list[bytes]:
             return frames
 
 
+def take(seen: list[bytes], packets: socket.socket) -> list[bytes]:
+    """`seen`, and what has arrived since at its end."""
+    seen.extend(received(packets))
+    return seen
+
+
 @contextlib.contextmanager
 def listening(*places: Callable[[], socket.socket]) -> Iterator[list[socket.socket]]:
     with contextlib.ExitStack() as stack:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -26,7 +26,7 @@ from clawker_cp.dns import DnsRecord, NameRow
 from clawker_cp.firewall.plan import NameVerdict
 
 NOT_ALLOWED = NameVerdict(False, "not_allowed")
-Answers = dict[tuple[str, str], Sequence[str]]
+Answers = Mapping[tuple[str, str], Sequence[str]]
 Hook = Callable[[dns.message.Message, str], bytes | None]
 
 
@@ -38,7 +38,7 @@ class Resolver:
     """
 
     def __init__(self, records: Answers | None = None) -> None:
-        self.records: Answers = dict(records or {})
+        self.records: dict[tuple[str, str], Sequence[str]] = dict(records or {})
         self.asked: list[tuple[str, str, str]] = []
         self.silent = False
         self.rcode: int | None = None

@@ -14,10 +14,17 @@ from clawker_cp.agents.registry import RegisteredAgent, Registry
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.errors import InvalidInput
 from clawker_cp.rpc.control_agents import Session
-from clawker_cp.wiring.agent_control import AgentControl
 from clawker_cp.wiring.enforcement import Living
 
 _DIGEST_LENGTH = 64
+
+
+class Verbs(Protocol):
+    """`AgentControl`, as far as quarantines are concerned."""
+
+    async def quarantine(self, agent: EnrolledAgent, reason: str) -> int: ...
+    async def release(self, agent: EnrolledAgent) -> None: ...
+    def quarantine_reason(self, agent_id: str) -> str: ...
 
 
 class AgentView:
@@ -30,7 +37,7 @@ class AgentView:
         self,
         roster: Roster,
         registry: Registry,
-        control: AgentControl,
+        control: Verbs,
         *,
         engine: str,
         enrolled: Callable[[EnrolledAgent], bool],

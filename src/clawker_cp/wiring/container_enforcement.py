@@ -19,7 +19,7 @@ from clawker_cp.agents.roster import EnrolledAgent
 from clawker_cp.engines.base import AgentContainer
 from clawker_cp.errors import ClawkerError, Conflict, Unavailable
 from clawker_cp.runtime.clock import SYSTEM_CLOCK, Clock
-from clawker_cp.wiring.enforcement import Enforcement
+from clawker_cp.wiring.enforcement import Living
 
 log = structlog.get_logger()
 
@@ -32,6 +32,17 @@ class Programs(Protocol):
     def attach(self, cgroup: Path) -> int: ...
     def detach(self, cgroup_id: int) -> None: ...
     def attached(self) -> set[int]: ...
+
+
+class Rows(Protocol):
+    """`wiring.enforcement`, as far as containers are concerned."""
+
+    async def enroll(self, agent: EnrolledAgent, living: Living) -> None: ...
+    def enrolled(self, agent: EnrolledAgent) -> bool: ...
+    async def isolate(self, agent: EnrolledAgent) -> int: ...
+    async def cut_strangers(self, agent: EnrolledAgent) -> int: ...
+    async def readmit(self, address: str) -> None: ...
+    async def withdraw(self, agent: EnrolledAgent) -> None: ...
 
 
 class Port(Protocol):
@@ -71,7 +82,7 @@ class ContainerEnforcement:
     def __init__(
         self,
         programs: Programs,
-        enforcement: Enforcement,
+        enforcement: Rows,
         ring: Pins | None,
         find_port: Callable[[int], Awaitable[Port]],
         clock: Clock = SYSTEM_CLOCK,
