@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from google.protobuf.message import Message
 
 from clawker_cp._proto.clawker.admin.v1 import admin_pb2
 from clawker_cp.auth.introspect import HydraIntrospector
@@ -29,7 +30,7 @@ from clawker_cp.rpc.services import admin_service
 from clawker_cp.rpc.tls import TlsMaterial, server_credentials
 from clawker_cp.rpc.transport import grpc
 
-RPCS = {
+RPCS: dict[str, tuple[type[Message], type[Message]]] = {
     "ListAgents": (admin_pb2.ListAgentsRequest, admin_pb2.ListAgentsResult),
     "FirewallStatus": (admin_pb2.FirewallStatusRequest, admin_pb2.FirewallStatusResult),
 }

@@ -116,7 +116,7 @@ def test_connect(
     where: str,
     addr: str,
     port: int,
-    budget: tuple[int, ...],
+    budget: tuple[int, int, int],
 ) -> None:
     """The three peers in turns; figures are nanoseconds a call by the loop's own clock."""
     benchmark.group = "connect_hook"

@@ -18,7 +18,8 @@ from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf import Manager
 from clawker_cp.ebpf.attachments import ATTACH
 from clawker_cp.testing.bpf_abi import OBJECTS
-from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
+from clawker_cp.testing.socket_world import remove_cgroup
+from clawker_cp.testing.world import cgroup2_mount
 
 pytestmark = pytest.mark.root
 

@@ -31,10 +31,10 @@ from clawker_cp.testing.socket_world import (
     TARGET,
     Actor,
     SocketWorld,
-    cgroup2_mount,
     cgroup_id,
     remove_cgroup,
 )
+from clawker_cp.testing.world import cgroup2_mount
 
 pytestmark = pytest.mark.root
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from clawker_cp.accel import KernelEvent
 from clawker_cp.firewall.plan import TCP, UDP, RouteAction
 from clawker_cp.testing.bpf_abi import REASONS
 from clawker_cp.testing.socket_world import AGENT, GATEWAY, OTHER, SIBLING, TARGET, TARGET6, Actor, SocketWorld
@@ -108,7 +109,7 @@ def test_root_has_no_exemption(world: SocketWorld, agent: Actor) -> None:
     assert uid == 0
 
 
-def _after(world: SocketWorld, _: object) -> list[object]:
+def _after(world: SocketWorld, _: object) -> list[KernelEvent]:
     return world.events()
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from clawker_cp.ebpf.config import AgentConfig
 from clawker_cp.testing.bpf_abi import ABI
 from clawker_cp.testing.bpf_cases import BASE, TCP, UDP, Decisions
 
@@ -18,7 +19,7 @@ QUARANTINED = replace(BASE, quarantined=True)
 V6 = replace(BASE, ipv6=True)
 
 
-def bypassed(seconds: float = 60.0) -> object:
+def bypassed(seconds: float = 60.0) -> AgentConfig:
     return replace(BASE, bypass_until_ns=time.monotonic_ns() + int(seconds * 1e9))
 
 
@@ -38,7 +39,7 @@ def test_not_enrolled_passes_when_enforcement_is_off(kernel: Decisions) -> None:
 
 def test_unwritten_control_enforces(kernel: Decisions) -> None:
     """A control row that was never written is not a switch turned off."""
-    kernel.maps["control"].put(bytes(4), bytes(len(kernel.maps["control"].get(bytes(4)))))
+    kernel.maps["control"].put(bytes(4), bytes(len(kernel.maps["control"].get(bytes(4)) or b"")))
 
     assert str(kernel.flow("203.0.113.7", 443, config=None)) == "denied not_enrolled"
 
@@ -52,7 +53,7 @@ def test_other_protocols_are_denied(kernel: Decisions, l4: int) -> None:
 @pytest.mark.parametrize("l4", [TCP, UDP])
 @pytest.mark.parametrize("addr", ["8.8.8.8", "127.0.0.1", "127.0.0.11", "127.0.0.53", GATEWAY, "0.0.0.0"])
 @pytest.mark.parametrize("config", [BASE, LEARN, QUARANTINED], ids=["plain", "learn", "quarantined"])
-def test_port_53_goes_to_the_gate(kernel: Decisions, addr: str, l4: int, config: object) -> None:
+def test_port_53_goes_to_the_gate(kernel: Decisions, addr: str, l4: int, config: AgentConfig) -> None:
     """Whoever is asked on port 53, the gate answers; also while quarantined (R16)."""
     answer = kernel.flow(addr, 53, l4, config=config)
 

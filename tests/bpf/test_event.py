@@ -14,7 +14,9 @@ DENY, ALLOW, BYPASS = ABI.V_DENIED, ABI.V_REDIRECTED, ABI.V_BYPASSED
 
 
 def suppressed(kernel: Decisions, cgroup: int) -> dict[str, int]:
-    return layout.unpack_state(kernel.maps["state_map"].get(cgroup.to_bytes(8, "little")))
+    row = kernel.maps["state_map"].get(cgroup.to_bytes(8, "little"))
+    assert row is not None
+    return layout.unpack_state(row)
 
 
 def test_sequence_numbers_of_an_agent_have_no_gap(kernel: Decisions) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -47,7 +48,7 @@ async def until(what: Callable[[], Awaitable[bool]], limit_s: float = 15.0) -> N
             await asyncio.sleep(0.05)
 
 
-async def start(machine: DockerMachine, project: str, agent: str, **options: object) -> str:
+async def start(machine: DockerMachine, project: str, agent: str, **options: Any) -> str:
     options.setdefault("network", NETWORK)
     container = await machine.docker.agent(agent, project=project, usr=True, **options)
     await machine.wait_enrolled(container)

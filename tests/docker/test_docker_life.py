@@ -8,6 +8,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -110,7 +111,7 @@ async def test_an_exposed_container_has_no_network_until_it_is_released(machine:
         await machine.wait_enrolled(container)
         return container
 
-    async def session(container: str) -> dict[str, object]:
+    async def session(container: str) -> dict[str, Any]:
         (one,) = [one for one in await machine.agents() if one["container_id"] == container]
         return one
 

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -141,7 +141,9 @@ async def until(condition: Callable[[], bool], what: str, limit_s: float = 30) -
 
 
 @asynccontextmanager
-async def running(machine: Machine, *options: str, command: list[str]) -> AsyncIterator[Callable[[], object]]:
+async def running(
+    machine: Machine, *options: str, command: list[str]
+) -> AsyncIterator[Callable[[], Awaitable[Outcome]]]:
     """A run beside the test; yields what awaits its end after letting it stop."""
     for name in ("held", "stop"):
         (machine.workdir / name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -37,16 +38,18 @@ def test_rows_of_a_given_type_decode_alike(records: list[bytes], times: int) -> 
 
     assert decoded == expected
     assert {type(row) for row in decoded + expected} == {KernelEvent}
-    assert decoded[-1].sequence == int.from_bytes(records[-1][16:24], "little")
+    last = decoded[-1]
+    assert isinstance(last, KernelEvent) and last.sequence == int.from_bytes(records[-1][16:24], "little")
 
 
 def test_rows_that_could_hold_more_are_refused() -> None:
     """A type with attributes of its own could be part of a cycle that the collector would not see."""
 
-    class Loose(tuple):
+    class Loose(tuple[object, ...]):
         pass
 
-    for kind in (Loose, list):
+    kinds: tuple[Any, ...] = (Loose, list)
+    for kind in kinds:
         with pytest.raises(TypeError):
             fast.decode_events(b"", kind)
 

@@ -35,7 +35,10 @@ EVENTS = control_pb2.WatchEventsRequest()
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-class Servicer(control_pb2_grpc.ControlServiceServicer, admin_pb2_grpc.AdminServiceServicer):
+class Servicer(
+    control_pb2_grpc.ControlServiceServicer,  # type: ignore[misc]  # generated without types
+    admin_pb2_grpc.AdminServiceServicer,  # type: ignore[misc]  # generated without types
+):
     """Refuses the first `refuse` calls as unauthenticated, streams after `before` messages, and keeps who called."""
 
     def __init__(self) -> None:
@@ -121,7 +124,7 @@ class Peer:
     def identity(self) -> ClientIdentity:
         return ClientIdentity(self.tree.root)
 
-    def client(self, **ports: int) -> AsyncAdminClient:
+    def client(self, **ports: Any) -> AsyncAdminClient:
         return AsyncAdminClient(
             self.identity(), **{"admin_port": self.admin_port, "token_port": self.token_port} | ports
         )

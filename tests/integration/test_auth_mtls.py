@@ -90,12 +90,12 @@ async def test_everybody_else_is_told_what_the_contract_says(world: RpcWorld, me
     assert "good" not in repr(log.lines) and "token surprise" not in repr(log.lines)
 
 
-async def test_a_method_without_a_scope_is_refused(world: RpcWorld) -> None:
+async def test_a_method_without_a_scope_is_refused(world: RpcWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it is served or not, absent or mapped to nothing, and before its token is looked at."""
     authority, kinds = Authority(good=active()), Kinds()
     auth = made(authority, scopes={ONE: "", SUM: "admin"})
     served = [kinds.register]
-    auth.unmapped = lambda _methods: []  # type: ignore[method-assign]  # the server would not start
+    monkeypatch.setattr(auth, "unmapped", lambda _methods: [])  # the server would not start
     async with world.serving(auth, services=served) as (_server, channel):
         for method in (ONE, MANY, CHAT, "/nobody.serves/This", "/x", "/clawker.test.Kinds/one"):
             assert await outcome(channel, method, bearer("good")) == (UNAUTHENTICATED, "unauthorized")

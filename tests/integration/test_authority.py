@@ -150,7 +150,7 @@ def rejected(world: AuthorityWorld) -> dict[str, str]:
         "foreign signature": world.sign(world.claims(), key=other),
         "no signature": ".".join(good.split(".")[:2]) + ".",
         "changed claims": world.sign(world.claims(sub="clawker-agent")),
-        "alg none": jwt.encode(world.claims(), None, algorithm="none"),
+        "alg none": jwt.encode(world.claims(), "", algorithm="none"),
         "HS256 with the public key": hs256(world.claims(), secret),
         "unknown kid": world.sign(world.claims(), kid="other"),
         "crit": world.sign(world.claims(), crit=["exp"]),
@@ -346,7 +346,7 @@ async def test_no_foreign_token_is_active(authority: AuthorityWorld) -> None:
     token = await live.token()
     claims = jwt.decode(token, options={"verify_signature": False})
     forged = jwt.encode(claims, ec.generate_private_key(ec.SECP256R1()), algorithm="ES256")
-    for text in ("garbage", "a.b.c", forged, token[:-2] + "AA", jwt.encode(claims, None, algorithm="none")):
+    for text in ("garbage", "a.b.c", forged, token[:-2] + "AA", jwt.encode(claims, "", algorithm="none")):
         assert await live.introspect(token=text) == {"active": False}, text
     answer = await live.http.post(f"{live.admin}/admin/oauth2/introspect", data={"token": ""})
     assert reply(answer) == live.expected("no token", (400, "invalid_request"))

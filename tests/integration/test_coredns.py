@@ -188,7 +188,7 @@ async def test_what_an_agent_forges_goes_no_further(fronted: Fronted) -> None:
 
     fronted.everybodys.hook = note
     forged = (dns.edns.ECSOption("198.51.100.99", 32), dns.edns.ECSOption("10.0.0.1", 32))
-    answered = await fronted.ask(API, *forged, dns.edns.GenericOption(65001, b"policy 1"))
+    answered = await fronted.ask(API, *forged, dns.edns.GenericOption(dns.edns.OptionType.make(65001), b"policy 1"))
     through = [option for query in seen if query.question[0].name != dns.name.root for option in query.options]
     twice = dns.message.make_query("second.example.com", "A", use_edns=0, options=list(forged[:1])).to_wire()
     opt = twice[-23:]

@@ -41,6 +41,7 @@ from clawker_cp.testing.bridge_world import (
     received,
     six,
     tag,
+    take,
     udp,
     yard,
 )
@@ -139,9 +140,9 @@ async def test_forged_frames_of_an_agent_end_at_its_port(contained: Yard) -> Non
         for octets in [*forged.values(), honest, to_host]:
             out.send(octets)
         seen: list[bytes] = []
-        until(lambda: seen.extend(received(inner)) or honest in seen, "the honest frame")
+        until(lambda: honest in take(seen, inner), "the honest frame")
         at_host: list[bytes] = []
-        until(lambda: at_host.extend(received(host)) or to_host in at_host, "the honest frame to the host")
+        until(lambda: to_host in take(at_host, host), "the honest frame to the host")
 
         from_box = bytes.fromhex(box.mac.replace(":", ""))
         assert not arrivals(forged) & {*seen, *at_host, *received(sibling)}
@@ -209,7 +210,7 @@ async def test_wrong_table_of_the_bridge_hands_nothing_to_another_port(contained
         out.send(for_victim)
         out.send(fence)
         seen: list[bytes] = []
-        until(lambda: seen.extend(received(inner)) or fence in seen, "the fence")
+        until(lambda: fence in take(seen, inner), "the fence")
 
         assert for_victim not in seen
         assert not any(b"for the victim" in octets for octets in seen)
@@ -277,7 +278,7 @@ async def test_answer_nobody_asked_for_does_not_pass(contained: Yard) -> None:
         out.send(lone)
         out.send(fence)
         seen: list[bytes] = []
-        until(lambda: seen.extend(received(inner)) or fence in seen, "the fence")
+        until(lambda: fence in take(seen, inner), "the fence")
 
     assert lone not in seen
 
@@ -328,7 +329,7 @@ async def test_port_without_a_pin_reaches_nothing_pinned(contained: Yard, closed
             out.send(octets)
         honest.send(fence)
         seen: list[bytes] = []
-        until(lambda: seen.extend(received(inner)) or fence in seen, "the fence")
+        until(lambda: fence in take(seen, inner), "the fence")
 
         assert not arrivals(forged) & {*seen, *received(victim)}
         assert attempt(gate) is None
@@ -355,7 +356,7 @@ async def test_two_ports_without_pins_are_closed_once_they_are_named(contained: 
         for octets in (claimed, who_has, there):
             first.send(octets)
         seen: list[bytes] = []
-        until(lambda: seen.extend(received(second)) or there in seen, "the frame of the window")
+        until(lambda: there in take(seen, second), "the frame of the window")
         assert {claimed, who_has}.isdisjoint(seen)
 
         watch = PortWatch(BRIDGE, host_pid=contained.host.pid)
@@ -525,8 +526,8 @@ async def test_other_bridges_of_the_host_are_left_alone(contained: Yard) -> None
         }
         for octets in sent:
             out.send(octets)
-        seen: set[bytes] = set()
-        until(lambda: seen.update(received(inner)) or seen >= sent, "the frames")
+        seen: list[bytes] = []
+        until(lambda: sent <= set(take(seen, inner)), "the frames")
 
 
 async def test_port_of_a_container_is_found_from_the_hosts_side(contained: Yard) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,18 +66,18 @@ async def test_ring_holds_beside_docker_and_published_ports_follow_the_setting()
                     )
                 )  # fmt: skip
                 inside, sibling = Path(f"/proc/{pid}/ns/net"), Path(f"/proc/{other}/ns/net")
-                for where, port in ((inside, 80), (inside, 7700), (sibling, 80)):
-                    stack.enter_context(tcp_server("0.0.0.0", port, where))
+                for where, listener in ((inside, 80), (inside, 7700), (sibling, 80)):
+                    stack.enter_context(tcp_server("0.0.0.0", listener, where))
                 stack.enter_context(tcp_server("0.0.0.0", 443, world))
                 stack.enter_context(tcp_server(GATEWAY, 10000, host.netns))
 
                 def from_agent(address: str, port: int) -> str:
                     return in_netns(inside, lambda: connected(address, port))
 
-                def published() -> tuple[bool, bool, bool]:
+                def published() -> tuple[bool, ...]:
                     """From outside, from the host by its address, from the host by loopback: answered?"""
                     asked = ((world, HOST), (host.netns, HOST), (host.netns, "127.0.0.1"))
-                    answers = [in_netns(where, lambda to=to: connected(to, 8080)) for where, to in asked]
+                    answers = [in_netns(where, partial(connected, to, 8080)) for where, to in asked]
                     return tuple(answer not in REFUSED for answer in answers)
 
                 # Before enrolment: no way, whatever the engine allows.

@@ -558,7 +558,7 @@ async def test_many_messages_on_one_connection(world: World) -> None:
         for number in range(64):
             raw = dns.message.make_query(f"n{number}.wild.example", "A", id=number).to_wire()
             writer.write(struct.pack("!H", len(raw)) + raw)
-        seen = set()
+        seen: set[int] = set()
         async with asyncio.timeout(10):
             while len(seen) < 64:
                 (size,) = struct.unpack("!H", await reader.readexactly(2))

@@ -5,6 +5,7 @@ Error categories.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,10 @@ from clawker_cp import errors
 from clawker_cp.errors import CapacityExceeded, ClawkerError, DeadlineExceeded, InvalidInput, Unsupported
 
 CLASSES = [c for _name, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, ClawkerError)]
-NEEDED = {CapacityExceeded: {"limit": "names"}, Unsupported: {"feature": "bpf"}}
+NEEDED: dict[Any, dict[str, Any]] = {
+    CapacityExceeded: {"limit": "names"},
+    Unsupported: {"feature": "bpf"},
+}
 
 
 @pytest.mark.parametrize("category", CLASSES)

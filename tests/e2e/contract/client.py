@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from pathlib import Path
+from typing import Any
 
 import admin_pb2 as A
 import agent_pb2 as G
@@ -27,6 +28,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 ADMIN, AGENT = "127.0.0.1:7443", "10.231.80.1:7444"
 AUDIENCE = "https://127.0.0.1:4444/oauth2/token"
+Metadata = tuple[tuple[str, str | bytes], ...]
 METHODS = {
     f"/{service.full_name}/{method.name}": method
     for file in (A, G, C)
@@ -50,7 +52,7 @@ def raw_signature(der: bytes) -> bytes:
     return out
 
 
-def signed(header: dict, claims: dict, key: str) -> str:
+def signed(header: dict[str, Any], claims: dict[str, Any], key: str) -> str:
     body = f"{b64(json.dumps(header).encode())}.{b64(json.dumps(claims).encode())}"
     done = subprocess.run(
         ["openssl", "dgst", "-sha256", "-sign", key], input=body.encode(), capture_output=True, check=True
@@ -64,7 +66,7 @@ def assertion(client: str, key: str = "signing.key", **claims: object) -> str:
     return signed({"alg": "ES256", "typ": "JWT"}, {**whole, **claims}, key)
 
 
-def exchange(said: str, scope: str) -> tuple[int, dict]:
+def exchange(said: str, scope: str) -> tuple[int, dict[str, Any]]:
     """Status and body of the token endpoint."""
     tls = ssl.create_default_context(cafile="ca.pem")
     form = {
@@ -81,7 +83,7 @@ def exchange(said: str, scope: str) -> tuple[int, dict]:
 def token(client: str = "clawker-cli", scope: str = "admin") -> str:
     status, body = exchange(assertion(client), scope)
     assert status == 200, body
-    return body["access_token"]
+    return str(body["access_token"])
 
 
 def channel(leaf: str = "cli", ca: str = "ca.pem", target: str = ADMIN, **options: object) -> grpc.Channel:
@@ -91,11 +93,11 @@ def channel(leaf: str = "cli", ca: str = "ca.pem", target: str = ADMIN, **option
     return grpc.secure_channel(target, credentials, options=[*more, *options.items()])
 
 
-def bearer(value: str) -> tuple[tuple[str, str], ...]:
+def bearer(value: str) -> Metadata:
     return (("authorization", f"Bearer {value}"),)
 
 
-def wrong_tokens(client: str, scope: str, mine: str, key: str) -> dict[str, tuple]:
+def wrong_tokens(client: str, scope: str, mine: str, key: str) -> dict[str, Metadata]:
     """
     Metadata that opens nothing where tokens of a client with a scope do, by what is wrong with it.
 
@@ -109,7 +111,7 @@ def wrong_tokens(client: str, scope: str, mine: str, key: str) -> dict[str, tupl
     }  # fmt: skip
     head = json.loads(base64.urlsafe_b64decode(mine.split(".")[0] + "=="))
 
-    def forged(**more: object) -> tuple:
+    def forged(**more: object) -> Metadata:
         return bearer(signed(head, {**claims, **more, "jti": str(uuid.uuid4())}, key))
 
     return {
@@ -128,7 +130,9 @@ def wrong_tokens(client: str, scope: str, mine: str, key: str) -> dict[str, tupl
     }  # fmt: skip
 
 
-def call(made: grpc.Channel, method: str, request: object = None, metadata: tuple = (), timeout: float = 15) -> list:
+def call(
+    made: grpc.Channel, method: str, request: object = None, metadata: Metadata = (), timeout: float = 15
+) -> list[Any]:
     """[code, what came or the message, details]: every kind of method, streams up to `most` messages."""
     described = METHODS[method]
     request = request or message_factory.GetMessageClass(described.input_type)()
@@ -151,7 +155,7 @@ def call(made: grpc.Channel, method: str, request: object = None, metadata: tupl
         return [error.code().name, error.details(), reasons(error)]
 
 
-def reasons(error: grpc.RpcError) -> list:
+def reasons(error: grpc.RpcError) -> list[Any]:
     """Reason, domain and facts of every detail."""
     found = []
     for key, value in error.trailing_metadata() or ():
@@ -165,7 +169,7 @@ def reasons(error: grpc.RpcError) -> list:
     return found
 
 
-def begun(made: grpc.Channel, method: str, request: object, metadata: tuple) -> grpc.Call:
+def begun(made: grpc.Channel, method: str, request: object, metadata: Metadata) -> grpc.Call:
     """A server stream that is being followed."""
     output = message_factory.GetMessageClass(METHODS[method].output_type)
     return made.unary_stream(

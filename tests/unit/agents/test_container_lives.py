@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -210,7 +211,7 @@ async def test_rules_of_two_containers_with_one_name_stay_for_the_second(world: 
 @pytest.mark.parametrize(
     ("wrong", "why"), [({"agent": ""}, "labels"), ({"agent": "a b"}, "labels"), ({"address": ""}, "no address")]
 )
-async def test_what_cannot_be_known_stays_denied(world: World, wrong: dict[str, str], why: str) -> None:
+async def test_what_cannot_be_known_stays_denied(world: World, wrong: dict[str, Any], why: str) -> None:
     """Unusable labels and a missing address are told; programs without a row judge the container meanwhile."""
     world.engine.put(replace(Container(), **wrong))
     await world.lives.attempt(ID)

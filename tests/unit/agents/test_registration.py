@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -87,7 +88,7 @@ async def test_an_announced_renewal_moves_the_pin(world: World) -> None:
     ],
 )
 async def test_what_contradicts_the_identity_is_refused(
-    world: World, caller: Caller, names: dict[str, str], event: str
+    world: World, caller: Caller, names: dict[str, Any], event: str
 ) -> None:
     """By name of the check in the log, alike for the caller, and nothing is stored."""
     with pytest.raises(Rejected, match="registration rejected") as caught:

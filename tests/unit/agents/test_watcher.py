@@ -92,8 +92,9 @@ def test_a_value_that_makes_no_sense_raises_at_construction(name: str, value: An
 
 def test_a_fraction_of_a_poll_is_refused() -> None:
     """Polls are counted in whole numbers."""
+    half: dict[str, Any] = {"missed_threshold": 1.5}
     with pytest.raises(InvalidInput, match="missed_threshold: 1.5 is not a whole number"):
-        AgentWatcherOptions(missed_threshold=1.5)
+        AgentWatcherOptions(**half)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,8 @@ async def test_cancelled_while_it_waits_for_others(where: Any) -> None:
     """In the listing it is no failed poll, in the callback no error: `run` is cancelled, and that is all."""
     entered = asyncio.Event()
     clock = FakeClock()
-    watcher = AgentWatcher(*where(entered), AgentWatcherOptions(1, 1, 1, 1), clock=clock)
+    listing, callback = where(entered)
+    watcher = AgentWatcher(listing, callback, AgentWatcherOptions(1, 1, 1, 1), clock=clock)
     with capture_logs() as logs:
         async with running(watcher) as task:
             await clock.advance(1)

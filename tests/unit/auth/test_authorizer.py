@@ -329,7 +329,7 @@ async def test_revoking_by_token_client_and_all(clock: Clock) -> None:
     one = made(Authority(good=GOOD), clock)
     for selector in ({"token": "good"}, {"client_id": "clawker-cli"}, {"everything": True}):
         assert await judge(one, "good") is None
-        assert one.revoke(**selector) == 1  # type: ignore[arg-type]
+        assert one.revoke(**selector) == 1
         assert isinstance(one.decide("good", CERTIFICATE, "admin"), Pending)
 
 

@@ -22,7 +22,8 @@ NOW = 1_000_000
 
 async def test_the_key_is_made_where_there_is_none(tmp_path: Path) -> None:
     """Asked for first, made once, and a refusal names the status and not the answer."""
-    ca, made, status = TestCa(tmp_path), [], [201]
+    ca, status = TestCa(tmp_path), [201]
+    made: list[Any] = []
 
     async def get(_: Request) -> Answer:
         return Answer(200, {"keys": made}) if made else Answer(404, {"error": "Not Found"})

@@ -52,7 +52,7 @@ class Place:
         program = root / "python"
         program.write_text(SERVER.format(python=sys.executable, root=str(root)))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setattr(joining.sys, "executable", str(program))
+        monkeypatch.setattr(sys, "executable", str(program))
 
     def plan(self, *steps: str) -> None:
         (self.root / "plan").write_text(" ".join(steps))
@@ -158,7 +158,7 @@ async def test_patience_ends(place: Place) -> None:
 async def test_a_server_that_says_nothing_is_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not ready in time is terminated, and the error says how long was waited."""
     monkeypatch.setattr(joining, "START_TIMEOUT_S", 0.2)
-    program = Path(joining.sys.executable)
+    program = Path(sys.executable)
     program.write_text(f"#!/bin/sh\necho $$ > {place.root}/started\nexec sleep 30\n")
     with pytest.raises(DeadlineExceeded, match="ready within"):
         await joined(place)

@@ -24,7 +24,9 @@ TYPES = {"A": 1, "AAAA": 28}
 
 def asked(name: str, kind: str) -> bytes:
     """The question of a query in wire form."""
-    return dns.name.from_text(name).to_wire() + struct.pack("!HH", TYPES.get(kind, 16), 1)
+    wire = dns.name.from_text(name).to_wire()
+    assert wire is not None
+    return wire + struct.pack("!HH", TYPES.get(kind, 16), 1)
 
 
 def answered(name: str, kind: str, *records: str, **options: object) -> bytes:

@@ -79,7 +79,7 @@ async def test_outstanding_messages_are_bounded() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         messages = [f"m{number:03}".encode() for number in range(3 * OUTSTANDING)]
         writer.write(framed(*messages))
-        seen = []
+        seen: list[bytes] = []
         async with asyncio.timeout(5):
             while len(seen) < len(messages):
                 while len(answerer.held) < min(OUTSTANDING, len(messages) - len(seen)):
@@ -113,7 +113,9 @@ async def test_clients_that_do_not_read() -> None:
     """A client that asks and never reads is paused and then cut; what is held for it stays small."""
     async with serving(Answerer(), idle_s=0.2) as (connections, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
-        writer.transport.pause_reading()
+        transport = writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()
         writer.transport.set_write_buffer_limits(high=1 << 20)
         writer.write(framed(*[bytes(60_000)] * 400))
         async with asyncio.timeout(10):

@@ -17,7 +17,8 @@ from clawker_cp.ebpf.config import AgentConfig
 from clawker_cp.ebpf.manager import Manager
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
 from clawker_cp.testing.bpf_abi import root
-from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
+from clawker_cp.testing.socket_world import remove_cgroup
+from clawker_cp.testing.world import cgroup2_mount
 
 pytestmark = pytest.mark.root
 

@@ -12,7 +12,8 @@ import pytest
 
 from clawker_cp.ebpf.kernel_cgroups import LEVELS, KernelCgroups
 from clawker_cp.errors import Unsupported
-from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
+from clawker_cp.testing.socket_world import remove_cgroup
+from clawker_cp.testing.world import cgroup2_mount
 
 pytestmark = pytest.mark.root
 

@@ -17,7 +17,8 @@ from clawker_cp.ebpf.manager import Manager
 from clawker_cp.ebpf.names import NAMES_PER_AGENT
 from clawker_cp.errors import CapacityExceeded, Conflict
 from clawker_cp.firewall.plan import TCP, RouteAction, RouteRow
-from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
+from clawker_cp.testing.socket_world import remove_cgroup
+from clawker_cp.testing.world import cgroup2_mount
 
 pytestmark = pytest.mark.root
 

@@ -14,7 +14,8 @@ import pytest
 from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf.attachments import ATTACH
 from clawker_cp.ebpf.manager import Manager
-from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
+from clawker_cp.testing.socket_world import remove_cgroup
+from clawker_cp.testing.world import cgroup2_mount
 
 pytestmark = pytest.mark.root
 

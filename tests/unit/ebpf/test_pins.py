@@ -18,7 +18,8 @@ from clawker_cp.ebpf.config import InboundFrom, NameRow, mapped
 from clawker_cp.ebpf.pins import ERRNOS, Pins
 from clawker_cp.errors import InvalidInput, NotFound
 from clawker_cp.firewall.plan import TCP, RouteAction, RouteRow
-from clawker_cp.testing.socket_world import cgroup2_mount, remove_cgroup
+from clawker_cp.testing.socket_world import remove_cgroup
+from clawker_cp.testing.world import cgroup2_mount
 
 pytestmark = pytest.mark.root
 

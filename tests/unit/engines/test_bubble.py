@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.engines.host.bubble import (
@@ -19,8 +20,8 @@ def sandbox_of(spec: SandboxSpec, directory: Path = Path("/state")) -> Sandbox:
     return Sandbox("ab" * 32, spec, "198.51.100.7", "ns", "veth", Path("/cg"), 1, directory)
 
 
-def spec_of(**changes: object) -> SandboxSpec:
-    return SandboxSpec(**{"project": "demo", "agent": "one", "argv": ("id",), **changes})
+def spec_of(**changes: Any) -> SandboxSpec:
+    return SandboxSpec(**{"project": "demo", "agent": "one", "argv": ("id",)} | changes)
 
 
 def test_cgroup_and_namespace_are_joined_before_anything_of_the_agent() -> None:

@@ -14,7 +14,7 @@ import uvloop
 
 from clawker_cp.engines.docker.cgroup_watch import CgroupWatch, Missed
 from clawker_cp.errors import Unavailable
-from clawker_cp.testing.socket_world import cgroup2_mount
+from clawker_cp.testing.world import cgroup2_mount
 
 LIMIT_S = 10.0
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -193,10 +194,12 @@ def test_answers_of_the_wrong_form_are_refused() -> None:
     """Only objects and lists of objects are answers."""
     assert mapping({"a": 1}) == {"a": 1}
     assert mappings([{}]) == [{}]
-    for wrong in (None, [], "x"):
+    no_objects: tuple[Any, ...] = (None, [], "x")
+    for wrong in no_objects:
         with pytest.raises(Unavailable):
             mapping(wrong)
-    for wrong in (None, {}, ["x"]):
+    no_lists: tuple[Any, ...] = (None, {}, ["x"])
+    for wrong in no_lists:
         with pytest.raises(Unavailable):
             mappings(wrong)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,8 @@ from clawker_cp.engines.host.filesystem import OwnFiles, check_view, etc_files, 
 from clawker_cp.errors import InvalidInput
 
 
-def spec(**fields: object) -> SandboxSpec:
-    return SandboxSpec(**{"project": "p", "agent": "a", "argv": ("true",), **fields})
+def spec(**fields: Any) -> SandboxSpec:
+    return SandboxSpec(**{"project": "p", "agent": "a", "argv": ("true",)} | fields)
 
 
 def view(tmp_path: Path, request: SandboxSpec, masked: list[Path], mounts: list[MountPoint]) -> list[str]:

@@ -24,7 +24,7 @@ def judge(machine: str, arch: int, number: int, *arguments: int) -> int:
         if code == 0x20:
             accumulator = struct.unpack_from("<I", data, value)[0]
         elif code == 0x06:
-            return value
+            return int(value)
         else:
             holds = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
             at += yes if holds else no

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from clawker_cp.firewall.rules import Rule
 from clawker_cp.testing.plan_world import World, build, deny, rule
 
 
-def check(*rules: Rule, host: str, others: tuple[Rule, ...] = (), **request: object) -> Verdict:
+def check(*rules: Rule, host: str, others: tuple[Rule, ...] = (), **request: Any) -> Verdict:
     """Check one request."""
     return Checker(rules, agent="p/a", others=others).check(Request(host, **request))
 

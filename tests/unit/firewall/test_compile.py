@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clawker_cp.firewall.allocations import Allocations
 from clawker_cp.firewall.compile import Compiled, compile_plan
-from clawker_cp.firewall.plan import TCP, Plan, Topology
+from clawker_cp.firewall.plan import TCP, Materialised, Plan, Topology
 from clawker_cp.firewall.rules import PROTO_ANY, Rule
 from clawker_cp.testing.plan_world import World, build, deny, problems, rule, world
 
@@ -65,7 +65,7 @@ def allowed(rules: list[Rule], name: str, port: int, proto: str) -> bool:
 def test_the_plan_lets_through_exactly_what_the_rules_allow(rules: list[Rule]) -> None:
     """Kernel rows, name classes and virtual hosts together, for every name, port and protocol."""
     key = "agent:p/a"
-    live = dict.fromkeys(["global", key], _everything())
+    live: dict[str, Materialised] = dict.fromkeys(["global", key], _everything())
     compiled = compile_plan(rules, [key], Topology(), Allocations(), concrete=live, now=0.0)
     if isinstance(compiled, list):
         assert all(problem.field == "port" for problem in compiled)
@@ -102,9 +102,7 @@ def test_no_address_of_another_name_gets_a_request_to_a_forbidden_host_through(r
                     assert not (opaque[1] and opaque > best)
 
 
-def _everything() -> object:
-    from clawker_cp.firewall.plan import Materialised
-
+def _everything() -> Materialised:
     return Materialised(frozenset(NAMES))
 
 

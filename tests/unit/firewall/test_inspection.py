@@ -26,7 +26,7 @@ class Killed(Exception):
     """The process ends here."""
 
 
-def _authority(directory: Path, **more: object) -> InspectionAuthority:
+def _authority(directory: Path, **more: Any) -> InspectionAuthority:
     authority = InspectionAuthority(directory / "certs", **more)
     authority.open()
     return authority

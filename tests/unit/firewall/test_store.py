@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.errors import ClawkerError
+from clawker_cp.firewall.rules import Rule
 from clawker_cp.firewall.store import GLOBAL_FILE, SCOPED_FILE, RuleStore
 from clawker_cp.runtime.durable import locked
 from clawker_cp.testing.plan_world import rule
 
 
-def put(directory: Path, *rules: object) -> RuleStore:
+def put(directory: Path, *rules: Rule) -> RuleStore:
     """Write rules through a store."""
     store = RuleStore(directory)
     with store.lock():

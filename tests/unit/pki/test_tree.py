@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,7 @@ def test_leaves_of_another_ca_are_refused(made: AuthTree, tmp_path: Path) -> Non
         (lambda t: t.path(SIGNING_JWK).write_bytes(b"{"), "jwk: is not JSON"),
     ],
 )
-def test_what_does_not_fit_is_named(made: AuthTree, spoil: object, said: str) -> None:
+def test_what_does_not_fit_is_named(made: AuthTree, spoil: Callable[[AuthTree], object], said: str) -> None:
     """Broken, swapped and misplaced files are an error with the file's name; nothing is replaced."""
     spoil(made)
     if made.path(SERVER.key).is_dir():
@@ -248,7 +249,7 @@ def test_a_pair_is_never_seen_half_changed(made: AuthTree) -> None:
     writer = subprocess.Popen([sys.executable, "-c", script, str(made.root)], stdout=subprocess.PIPE)
     try:
         assert writer.stdout is not None and writer.stdout.readline() == b"go\n"
-        seen = set()
+        seen: set[bytes] = set()
         until = time.monotonic() + 20
         while len(seen) < 20 and time.monotonic() < until:
             # One open directory is one generation, as a reader that keeps it sees it.

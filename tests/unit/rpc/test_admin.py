@@ -96,7 +96,7 @@ def test_a_wiring_without_its_parts_is_a_programming_error() -> None:
     """This process is the registry's only writer."""
     for parts in ((None, Domain()), (Domain(), None)):
         with pytest.raises(TypeError):
-            new_admin_server(*parts)  # type: ignore[arg-type]
+            new_admin_server(*parts)
 
 
 async def test_requests_are_passed_on_with_the_time_they_have() -> None:
@@ -147,7 +147,7 @@ async def test_what_cannot_be_meant_is_refused() -> None:
     _domain, server = made()
     for field in ("dst", "proto", "port", "path"):
         with pytest.raises(InvalidInput, match="all"):
-            await server.FirewallRemoveRule(A.FirewallRemoveRuleRequest(all=True, **{field: "x"}), context())  # type: ignore[arg-type]
+            await server.FirewallRemoveRule(A.FirewallRemoveRuleRequest(all=True, **{field: "x"}), context())
     with pytest.raises(InvalidInput, match="hostname"):
         await server.FirewallResolveHostname(A.FirewallResolveHostnameRequest(), context())
 

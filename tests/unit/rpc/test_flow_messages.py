@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
 from clawker_cp._proto.clawker.control.v1 import control_pb2
@@ -53,8 +55,8 @@ def test_a_filter_is_read_by_names() -> None:
     "message",
     [
         control_pb2.FlowFilter(protos=["carrier-pigeon"]),
-        control_pb2.FlowFilter(verdicts=[0]),
-        control_pb2.FlowFilter(layers=[77]),
+        control_pb2.FlowFilter(verdicts=[control_pb2.FLOW_VERDICT_UNSPECIFIED]),
+        control_pb2.FlowFilter(layers=[cast("control_pb2.Layer", 77)]),
     ],
 )
 def test_a_filter_that_matches_nothing_is_refused(message: control_pb2.FlowFilter) -> None:

@@ -108,7 +108,7 @@ async def test_a_generator_is_closed_when_its_caller_is_gone() -> None:
         async def write(self, message: Any) -> None:
             raise ConnectionResetError
 
-    running: list[Any] = []  # referred to, so that it is not the collector that closes it
+    running: list[AsyncIterator[str]] = []  # referred to, so that it is not the collector that closes it
 
     def begin(request: Any, context: Any) -> AsyncIterator[str]:
         running.append(endless(request, context))

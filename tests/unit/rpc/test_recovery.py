@@ -76,7 +76,7 @@ async def test_our_errors_are_statuses_with_reasons(world: RpcWorld, method: str
             await call(channel, method, GOOD)
     details = dict(raised.value.trailing_metadata() or ())["grpc-status-details-bin"]
     assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert status_pb2.Status.FromString(details).message == "gone"  # type: ignore[arg-type]
+    assert status_pb2.Status.FromString(details).message == "gone"
     assert log.lines == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from clawker_cp._proto.clawker.admin.v1 import admin_pb2
@@ -52,7 +54,7 @@ def test_an_empty_scope_is_global_and_an_absent_flag_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("tls", 9), ("expires_at_unix", -1), ("expires_at_unix", 1 << 60)])
-def test_values_outside_their_range_are_named(field: str, value: int) -> None:
+def test_values_outside_their_range_are_named(field: str, value: Any) -> None:
     """The error has the rule's index and the field."""
     with pytest.raises(InvalidInput, match=rf"rules\[3\]\.{field}"):
         rule_from_control(control_pb2.Rule(**{field: value}), 3)

@@ -59,7 +59,7 @@ def infos(status: Status) -> list[error_details_pb2.ErrorInfo]:
         (Unavailable("m", code="REGISTRY_UNAVAILABLE"), Code.UNAVAILABLE),
     ],
 )
-def test_without_a_reason_the_category_decides(error: ClawkerError, code: Code) -> None:
+def test_without_a_reason_the_category_decides(error: ClawkerError, code: grpc.StatusCode) -> None:
     """And the status has no details."""
     status = status_of(error)
     assert status == Status(code, "m") and status.trailing_metadata() == ()

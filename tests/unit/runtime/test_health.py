@@ -5,6 +5,7 @@ Health of components and the probes of /healthz.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -51,7 +52,7 @@ async def test_first_failing_probe_wins() -> None:
     """Probes are asked in order up to the first that fails, and the answer is kept."""
     clock, asked = FakeClock(), list[str]()
 
-    def probe(name: str, result: bool | Exception) -> tuple[str, object]:
+    def probe(name: str, result: bool | Exception) -> tuple[str, Callable[[], Awaitable[bool]]]:
         async def ask() -> bool:
             asked.append(name)
             if isinstance(result, Exception):

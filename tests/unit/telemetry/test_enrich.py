@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,8 @@ class Agent:
     id, project, agent = "c" * 64, "p", "a"
 
 
-def event(**more: object) -> KernelEvent:
-    fields = dict.fromkeys(KernelEvent._fields, 0) | {
+def event(**more: Any) -> KernelEvent:
+    fields: dict[str, Any] = dict.fromkeys(KernelEvent._fields, 0) | {
         "ktime_ns": 5, "cgroup_id": 0xAB, "sequence": 9, "addr": V4, "policy": 3, "rule": 0xFFFFFFFF, "uid": 1001,
         "pid": 77, "port": 443, "proxy_port": 12001, "verdict": 4, "reason": 69, "hook": 1, "protocol": 6, "type": 1,
     } | more  # fmt: skip
@@ -163,7 +164,7 @@ def test_proxy_variants(given: dict[str, object], expected: tuple[str, str, str,
 def test_damaged_proxy_line() -> None:
     """A line with nothing or nonsense in it still makes a record."""
     assert from_proxy({}, None).layer == PROXY
-    nonsense = dict.fromkeys(LINE, [{}])
+    nonsense: dict[str, object] = dict.fromkeys(LINE, [{}])
     assert from_proxy(nonsense, None).layer == PROXY
 
 

@@ -5,6 +5,7 @@ What a learning run would have needed.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,11 @@ from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, DNS, KERNEL, P
 from clawker_cp.telemetry.learn import Destination, learned
 
 
-def proxy(host: str, proto: str = "https", port: int = 443, verdict: str = ALLOWED, **more: object) -> Flow:
+def proxy(host: str, proto: str = "https", port: int = 443, verdict: str = ALLOWED, **more: Any) -> Flow:
     return Flow(layer=PROXY, host=host, proto=proto, port=port, verdict=verdict, reason="forwarded", **more)
 
 
-def kernel(address: str, proto: str = "tcp", port: int = 5432, **more: object) -> Flow:
+def kernel(address: str, proto: str = "tcp", port: int = 5432, **more: Any) -> Flow:
     return Flow(
         **{
             "layer": KERNEL,

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -77,7 +78,7 @@ def test_secrets_stay_out(lines: Callable[[], list[dict[str, object]]], fields: 
 
 def test_no_error_class_leaks(lines: Callable[[], list[dict[str, object]]]) -> None:
     """An exception with a secret in its message, of any of our categories, is logged without the secret (I11)."""
-    needed = {CapacityExceeded: {"limit": "x"}, Unsupported: {"feature": "x"}}
+    needed: dict[object, dict[str, Any]] = {CapacityExceeded: {"limit": "x"}, Unsupported: {"feature": "x"}}
     for _name, category in inspect.getmembers(errors, inspect.isclass):
         if issubclass(category, ClawkerError):
             try:

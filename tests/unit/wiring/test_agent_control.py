@@ -16,6 +16,7 @@ from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.errors import Conflict, InvalidInput
 from clawker_cp.wiring.agent_control import NANOSECONDS, AgentControl
+from clawker_cp.wiring.enforcement import Living
 
 ID = "a" * 64
 
@@ -29,7 +30,7 @@ class Kernel:
         self.told: list[str] = []
         self.cut = asyncio.Event()
 
-    async def enroll(self, agent: EnrolledAgent, sandbox: Sandbox) -> None:
+    async def enroll(self, agent: EnrolledAgent, living: Living) -> None:
         self.rows.add(agent.cgroup_id)
         self.told.append("enroll")
 

@@ -59,6 +59,14 @@ class Host:
         self.rows.discard(agent.cgroup_id)
         self.told.append("no row")
 
+    async def isolate(self, agent: EnrolledAgent) -> int:
+        self.told.append("isolate")
+        return 0
+
+    async def cut_strangers(self, agent: EnrolledAgent) -> int:
+        self.told.append("cut strangers")
+        return 0
+
     async def readmit(self, address: str) -> None:
         if any(word.startswith("pin") for word in self.told):
             self.told.append(f"readmit {address}")

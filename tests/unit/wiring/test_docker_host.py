@@ -9,6 +9,7 @@ import pytest
 from clawker_cp.engines.base import AgentNetwork
 from clawker_cp.engines.docker.engine import DockerEngine
 from clawker_cp.engines.docker_client import DockerClient
+from clawker_cp.engines.host import cgroups
 from clawker_cp.wiring import docker_host as module
 from clawker_cp.wiring.docker_host import DockerHost, host_proxy_address
 
@@ -55,7 +56,7 @@ async def test_the_host_proxy_of_a_container_is_what_the_name_says(monkeypatch: 
 
 def test_an_agents_parent_that_cannot_be_made_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where cgroupfs is read-only and the parent is not there, containers are linked one by one."""
-    monkeypatch.setattr(module.cgroups, "find_cgroup2", lambda: tmp_path / "not" / "there")
+    monkeypatch.setattr(cgroups, "find_cgroup2", lambda: tmp_path / "not" / "there")
     assert make(tmp_path).parent_cgroup is None
 
 

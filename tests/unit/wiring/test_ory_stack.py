@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -16,7 +17,7 @@ from clawker_cp.wiring.ory_stack import OryBinaries, migrate, system_secret, tok
 from clawker_cp.wiring.token_service import TokenBackend
 
 
-def backend(wanted: str, tmp_path: Path) -> TokenBackend:
+def backend(wanted: Literal["auto", "embedded", "hydra"], tmp_path: Path) -> TokenBackend:
     settings = msgspec.structs.replace(Settings(), oauth=OauthSettings(implementation=wanted))
     tree, database = AuthTree(tmp_path / "auth"), Database(tmp_path / "cp.db")
     return token_backend(settings, tmp_path, tree, database, ("127.0.0.1",))

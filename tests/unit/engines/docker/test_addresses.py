@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from clawker_cp.engines.base import AgentContainer
@@ -12,8 +14,8 @@ from clawker_cp.testing.clock import FakeClock
 LABELS = {"dev.clawker.managed": "true", "dev.clawker.purpose": "agent"}
 
 
-def agent(number: str = "a", address: str = "10.0.0.2", pid: int = 7, **changes: object) -> AgentContainer:
-    values: dict[str, object] = {"labels": LABELS, "running": True, "address": address, "pid": pid, **changes}
+def agent(number: str = "a", address: str = "10.0.0.2", pid: int = 7, **changes: Any) -> AgentContainer:
+    values: dict[str, Any] = {"labels": LABELS, "running": True, "address": address, "pid": pid, **changes}
     return AgentContainer(number * 64, f"clawker.{number}", **values)
 
 

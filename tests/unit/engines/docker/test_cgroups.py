@@ -177,8 +177,8 @@ def test_process_of_another_container_is_not_believed(parent: Path, process: sub
 def test_container_whose_process_is_not_ours_is_found_by_driver_or_by_its_id(parent: Path) -> None:
     """Without a process of ours the driver's path is taken, else the id is searched; the process stays unknown."""
     (parent / ID).mkdir()
-    for options in ({"driver": "cgroupfs", "parent": f"/{parent.name}"}, {"driver": "systemd"}, {}):
-        place = locate(ID, 0, **options)
+    for driver, below in (("cgroupfs", f"/{parent.name}"), ("systemd", ""), ("", "")):
+        place = locate(ID, 0, driver=driver, parent=below)
         assert (place.path, place.pid) == (parent / ID, 0)
         assert place.id == (parent / ID).stat().st_ino
 

@@ -127,7 +127,9 @@ def test_labels_that_make_no_identity_are_told(labels: dict[str, str], problem: 
 
 def test_container_without_labels_is_no_agent() -> None:
     """Missing, null or partial labels make no agent."""
-    for labels in (None, {}, [], {"dev.clawker.managed": "true"}, {**LABELS, "dev.clawker.managed": "True"}):
+    partial, spelled = {"dev.clawker.managed": "true"}, {**LABELS, "dev.clawker.managed": "True"}
+    kinds: tuple[object, ...] = (None, {}, [], partial, spelled)
+    for labels in kinds:
         assert not describe(record(Config={"Labels": labels}), NETWORK).is_agent
     assert describe(record(), NETWORK).is_agent
 

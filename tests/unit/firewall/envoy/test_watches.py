@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_a_limit_that_is_too_low_is_raised(tmp_path: Path) -> None:
 def test_where_it_cannot_be_raised_the_error_says_how(tmp_path: Path) -> None:
     """CAPACITY with the sysctl to set, instead of an Envoy that ends itself."""
 
-    class Fixed(type(tmp_path)):
+    class Fixed(PosixPath):
         def write_text(self, *arguments: object, **more: object) -> int:
             raise PermissionError(1, "no")
 
