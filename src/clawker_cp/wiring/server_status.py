@@ -21,7 +21,6 @@ from clawker_cp.errors import ClawkerError
 from clawker_cp.pki.tree import AuthTree
 from clawker_cp.rpc.control_agents import Status
 from clawker_cp.runtime.health import Health, HealthRegistry
-from clawker_cp.wiring.agent_side import AgentSide
 from clawker_cp.wiring.firewall_control import gate_answers
 from clawker_cp.wiring.health_keeper import Answer, Check, answered
 
@@ -62,6 +61,13 @@ class RegistryLike(Protocol):
     """`agents.registry.Registry`; blocks for the disk."""
 
     def snapshot(self) -> Sequence[object]: ...
+
+
+class SideLike(Protocol):
+    """`AgentSide`, as far as there is something to tell of its agents."""
+
+    def failures(self) -> Mapping[str, str]: ...
+    def exposures(self, agent_id: str, /) -> Sequence[str]: ...
 
 
 class FlowsLike(Protocol):
@@ -124,7 +130,7 @@ class ServerStatus:
         behind_gate: Callable[[], str] | None,
         unjudged: Callable[[], Awaitable[str]],
         enrolled: Callable[[], Collection[int]],
-        side: AgentSide,
+        side: SideLike,
         max_agents: int,
         wall: Callable[[], float] = time.time,
     ) -> None:
