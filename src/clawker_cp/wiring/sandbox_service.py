@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -38,7 +38,9 @@ NOBODY = 1001
 class Attached:
     """One attachment: the streams, and how the command ended."""
 
-    def __init__(self, console: Attachment, ended: asyncio.Future[int], signal: Callable[[int], object]) -> None:
+    def __init__(
+        self, console: Attachment, ended: asyncio.Future[int], signal: Callable[[int], Awaitable[None]]
+    ) -> None:
         self.streams = console
         self._ended = ended
         self.signal = signal
@@ -109,6 +111,7 @@ class SandboxService:
             raise Conflict("the control plane is shutting down", code="QUEUE_CLOSED")
         spec = replace(spec, extra={"rules": NO_RULES, "learn": False, DETACHED: True, "auto_remove": auto_remove})
         console: Console | None = None
+        row: SandboxRow | None = None
         try:
             async with self._lives.prepared(LifeRequest(spec, NO_RULES)) as prepared:
                 sandbox = _sandbox(prepared)
@@ -125,6 +128,8 @@ class SandboxService:
         except BaseException:
             if console is not None:
                 console.close()
+            if row is not None:
+                await asyncio.shield(self._unwrite(row.id))
             raise
         self._follow(sandbox.id, console, group, auto_remove=auto_remove)
         return replace(row, state=SandboxState.RUNNING, started_at=int(self._wall())), sandbox
@@ -211,6 +216,13 @@ class SandboxService:
             self._consoles[sandbox_id] = console
         ended = self._ended[sandbox_id] = asyncio.get_running_loop().create_future()
         group.create_task(self._finish(sandbox_id, console, ended, auto_remove=auto_remove), name="sandbox")
+
+    async def _unwrite(self, sandbox_id: str) -> None:
+        """Forget a sandbox whose start failed; the failure that is being told matters more than one in here."""
+        try:
+            await asyncio.to_thread(self._rows.remove, sandbox_id)
+        except (ClawkerError, OSError) as error:
+            log.warning("sandbox_row_unwritten", id=sandbox_id[:12], cause=str(error))
 
     async def _finish(
         self, sandbox_id: str, console: Console | None, ended: asyncio.Future[int], *, auto_remove: bool
