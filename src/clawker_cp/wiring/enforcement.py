@@ -22,10 +22,10 @@ from clawker_cp.engines.host.sockets import SocketInfo
 from clawker_cp.errors import ClawkerError
 from clawker_cp.firewall.allocations import EGRESS_GLOBAL, NEVER
 from clawker_cp.firewall.changes import Change
-from clawker_cp.firewall.direct import passed, passes
+from clawker_cp.firewall.direct import passed
 from clawker_cp.firewall.plan import Plan
 from clawker_cp.telemetry.connections import Connections
-from clawker_cp.wiring.policy_move import PolicyMove, listeners
+from clawker_cp.wiring.policy_move import PolicyMove, listeners, unpassed
 
 log = structlog.get_logger()
 
@@ -153,32 +153,37 @@ class Enforcement:
 
     async def cut_unruled(self, agent: EnrolledAgent) -> int:
         """
-        Destroy direct connections that the policy in force does not pass, as after a bypass.
+        Destroy connections that the policy in force does not pass, as after a bypass: direct ones, and those through
+        the proxy whose rules went meanwhile, for a change spares who is bypassed.
         """
         if agent.learn:
             return 0
-        plan, served = self._plan(), self._engine.network.served
-
-        def unruled(info: SocketInfo) -> bool:
-            if info.destination in served or info.destination.startswith("127.") or ":" in info.destination:
-                return False
-            return not passes(plan, agent.policy, info.protocol, info.destination, info.destination_port)
-
-        return await self._cut(agent, unruled, "bypass")
+        plan, network = self._plan(), self._engine.network
+        move = PolicyMove.of(agent.policy, agent.policy, Change(plan, plan, {}, ()), network)
+        stranger = self._stranger(plan, agent.policy)
+        if move is None:
+            forbidden = unpassed(plan, agent.policy, network)
+        else:
+            forbidden = move.doomed(self._connections.of(agent.address))
+        return await self._cut(agent, lambda info: stranger(info) or forbidden(info), "bypass")
 
     async def cut_strangers(self, agent: EnrolledAgent) -> int:
         """
         Destroy connections to listeners that an adopted agent's policy does not have: the kernel lets those pass
         that were made under an earlier policy, and who judged them may have died in the middle of a change.
         """
-        policy = self._plan().policies.get(agent.policy)
+        return await self._cut(agent, self._stranger(self._plan(), agent.policy), "rule")
+
+    def _stranger(self, plan: Plan, number: int) -> Callable[[SocketInfo], bool]:
+        """Say which sockets lead to a listener that is not of a policy."""
+        policy = plan.policies.get(number)
         ports, proxy = listeners(policy) if policy is not None else set(), self._engine.network.proxy
 
         def stranger(info: SocketInfo) -> bool:
             port = info.destination_port
             return info.destination == proxy and port in PROXY_PORTS and port not in NEVER and port not in ports
 
-        return await self._cut(agent, stranger, "rule")
+        return stranger
 
     async def isolate(self, agent: EnrolledAgent) -> int:
         """

@@ -9,7 +9,7 @@ from clawker_cp.engines.host.sockets import SocketInfo
 from clawker_cp.firewall.changes import Change
 from clawker_cp.firewall.direct import passes
 from clawker_cp.firewall.hosts import HostTable, equal_in_both, may_stay, takes_nothing
-from clawker_cp.firewall.plan import Policy
+from clawker_cp.firewall.plan import Plan, Policy
 from clawker_cp.telemetry.connections import Live
 
 
@@ -55,23 +55,32 @@ class PolicyMove:
         Say which sockets have no permission left: proxied ones by what the proxy last said of them (`living`, by
         source port) or by their listener, direct ones by their address.
         """
-        network = self._network
+        proxy, direct = self._network.proxy, unpassed(self._plan, self._new.policy.id, self._network)
         kept: set[tuple[int, int]] = set()
         forbidden: set[tuple[int, int]] = set()
         for source, live in living.items():
             (kept if self._stays(live) else forbidden).add((source, live.listener))
 
         def judge(info: SocketInfo) -> bool:
-            if info.destination == network.proxy:
+            if info.destination == proxy:
                 here, port = (info.source_port, info.destination_port), info.destination_port
                 if port in self._ports:
                     return port in self._read and here in forbidden
                 return port in self._proxies and here not in kept
-            if info.destination in network.served or info.destination.startswith("127.") or ":" in info.destination:
-                return False
-            return not passes(self._plan, self._new.policy.id, info.protocol, info.destination, info.destination_port)
+            return direct(info)
 
         return judge
+
+
+def unpassed(plan: Plan, number: int, network: AgentNetwork) -> Callable[[SocketInfo], bool]:
+    """Say which sockets lead where a policy passes nothing directly; what is served here is no such place."""
+
+    def judge(info: SocketInfo) -> bool:
+        if info.destination in network.served or info.destination.startswith("127.") or ":" in info.destination:
+            return False
+        return not passes(plan, number, info.protocol, info.destination, info.destination_port)
+
+    return judge
 
 
 def http_listeners(policy: Policy) -> set[int]:
