@@ -27,11 +27,6 @@ class ContainerEntry(msgspec.Struct, frozen=True, gc=False):
     paused: bool = False
     address: str = ""
 
-    @property
-    def key(self) -> str:
-        """The agent's scope, "" for a container that is none."""
-        return f"agent:{self.project}/{self.agent}" if self.is_agent else ""
-
 
 class AgentEntry(msgspec.Struct, frozen=True, gc=False):
     """

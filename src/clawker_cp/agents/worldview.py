@@ -76,7 +76,7 @@ class Worldview:
     )
 
     def __init__(self, capacity: int = WORLD_ENTRIES) -> None:
-        self._containers: Table[ContainerEntry] = Table(capacity, address=_answers_at, key=_key)
+        self._containers: Table[ContainerEntry] = Table(capacity)
         self._agents: Table[AgentEntry] = Table(capacity)
         self._sessions: Table[SessionEntry] = Table(capacity)
         self._times_ns: dict[str, int] = {}  # of the last thing known of each container
@@ -112,18 +112,6 @@ class Worldview:
         """
         return self._containers.get(container_id)
 
-    def container_at(self, address: str) -> ContainerEntry | None:
-        """
-        The running container that has an address; None if none has it, or two.
-        """
-        return self._containers.only("address", address)
-
-    def containers_of(self, key: str) -> list[ContainerEntry]:
-        """
-        Every container of an agent, "agent:<project>/<agent>"; more than one while it is replaced.
-        """
-        return self._containers.find("key", key) if key else []
-
     def agent(self, container_id: str) -> AgentEntry | None:
         """
         What this server holds of the agent in a container.
@@ -135,12 +123,6 @@ class Worldview:
         The session of a container that is dialled.
         """
         return self._sessions.get(container_id)
-
-    def running_agents(self) -> list[ContainerEntry]:
-        """
-        The agents' containers that run, paused ones too.
-        """
-        return [one for one in self._containers if one.is_agent and one.running]
 
     def snapshot(self) -> Snapshot:
         """
@@ -247,11 +229,3 @@ def _effect(message: ContainerChange) -> dict[str, Any]:
         case ContainerPaused(paused=paused):
             return {"paused": paused}
     raise TypeError(f"{type(message).__name__} has no meaning here")
-
-
-def _answers_at(entry: ContainerEntry) -> str | None:
-    return entry.address or None  # what does not run has none
-
-
-def _key(entry: ContainerEntry) -> str | None:
-    return entry.key or None

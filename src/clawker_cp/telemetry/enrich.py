@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-import msgspec
-
 from clawker_cp.accel import KernelEvent
 from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, DNS, KERNEL, PROXY, REDIRECTED, Flow
 
@@ -169,24 +167,6 @@ def kernel_flows(
             )
         )
     return flows
-
-
-def from_kernel(
-    event: KernelEvent,
-    who: Who | None,
-    *,
-    offset_ns: int,
-    rule_ids: tuple[str, ...],
-    name_of: Callable[[int, str], str],
-    lost_before: int = 0,
-) -> Flow:
-    """
-    One kernel decision, see `kernel_flows`.
-    """
-    (flow,) = kernel_flows(
-        [event], lambda _cgroup: who, offset_ns=offset_ns, rule_ids=rule_ids, name_of=name_of, sequences=Sequences()
-    )
-    return msgspec.structs.replace(flow, lost_before=lost_before) if lost_before else flow
 
 
 def from_dns(record: DnsRecordLike, who: Who | None) -> Flow:

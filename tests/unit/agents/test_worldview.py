@@ -60,32 +60,11 @@ def world() -> World:
     return World().tell(ContainerSeen(A))
 
 
-def test_found_by_id_address_and_key(world: World) -> None:
-    """And by nothing else; an address is somebody's only if exactly one running container has it."""
-    view = world.view
-    assert view.container("a") == A
-    assert view.container_at("198.51.100.7") == A
-    assert view.containers_of("agent:shop/dev") == [A]
-    assert (view.container("b"), view.container_at("198.51.100.8"), view.containers_of("agent:shop/b")) == (
-        None,
-        None,
-        [],
-    )
-    assert view.running_agents() == [A]
+def test_found_by_id(world: World) -> None:
+    """And by nothing else; another container of the same agent and address is another entry."""
     twin = msgspec.structs.replace(A, id="b")
     world.tell(ContainerSeen(twin))
-    assert view.container_at("198.51.100.7") is None
-    assert view.containers_of("agent:shop/dev") == [A, twin]
-    world.tell(ContainerDied("b"))
-    assert view.container_at("198.51.100.7") == A
-
-
-def test_a_container_that_is_no_agent_has_no_key() -> None:
-    """Infrastructure is found by address, never as an agent; the empty key finds nothing."""
-    envoy = ContainerEntry("e", name="clawker-envoy", is_agent=False, address="198.51.100.200")
-    view = World().tell(ContainerSeen(envoy)).view
-    assert view.container_at("198.51.100.200") == envoy
-    assert (view.containers_of(""), view.containers_of("agent:/"), view.running_agents()) == ([], [], [])
+    assert [world.view.container(one) for one in ("a", "b", "c", "")] == [A, twin, None, None]
 
 
 @pytest.mark.parametrize(
@@ -331,11 +310,8 @@ class Engine(RuleBasedStateMachine):
         assert len(containers) <= self.CAPACITY
         assert set(shown.agents) <= set(containers) == set(view._times_ns)
         assert set(shown.sessions) <= {one.id for one in containers.values() if one.running}
-        for address in (f"198.51.100.{n}" for n in range(1, 5)):
-            holders = [one for one in containers.values() if one.running and one.address == address]
-            assert view.container_at(address) == (holders[0] if len(holders) == 1 else None)
         for one in containers.values():
-            assert one in view.containers_of(one.key)
+            assert view.container(one.id) == one
             assert one.running or not one.address
 
     @invariant()

@@ -13,7 +13,7 @@ import pytest
 
 from clawker_cp.accel import KernelEvent
 from clawker_cp.telemetry import enrich
-from clawker_cp.telemetry.enrich import HOOKS, REASONS, Sequences, address_text, from_kernel, from_proxy, kernel_flows
+from clawker_cp.telemetry.enrich import HOOKS, REASONS, Sequences, address_text, from_proxy, kernel_flows
 from clawker_cp.telemetry.flows import ALLOWED, BYPASSED, DENIED, KERNEL, PROTOS, PROXY, REDIRECTED, Flow
 
 HEADER = Path(__file__).parents[3] / "bpf" / "clawker_abi.h"
@@ -32,11 +32,12 @@ def event(**more: Any) -> KernelEvent:
     return KernelEvent(**fields)
 
 
-def one(**more: object) -> Flow:
-    return from_kernel(
-        event(**more), Agent(), offset_ns=100, rule_ids=("r0", "r1"),
-        name_of=lambda cgroup, address: f"{cgroup:x}.{address}.name",
+def one(who: Agent | None, **more: object) -> Flow:
+    (flow,) = kernel_flows(
+        [event(**more)], lambda _cgroup: who, offset_ns=100, rule_ids=("r0", "r1"),
+        name_of=lambda cgroup, address: f"{cgroup:x}.{address}.name" if who else "", sequences=Sequences(),
     )  # fmt: skip
+    return flow
 
 
 def enum(name: str, prefix: str) -> dict[int, str]:
@@ -54,7 +55,7 @@ def test_names_equal_the_abi() -> None:
 
 def test_kernel_record() -> None:
     """Every field of a kernel record lands where the contract wants it."""
-    assert one() == Flow(
+    assert one(Agent()) == Flow(
         event_id="k-ab-9", time_unix_ns=105, container_id="c" * 64, project="p", agent="a", layer=KERNEL,
         verdict=REDIRECTED, reason="name_route", policy=3, proto="tcp", host="ab.203.0.113.7.name",
         address="203.0.113.7", port=443, proxy_port=12001, uid=1001, pid=77, sequence=9, hook="connect4",
@@ -82,12 +83,12 @@ def test_kernel_record() -> None:
 )
 def test_kernel_variants(given: dict[str, object], field: str, value: object) -> None:
     """What is unknown is named as such or left empty, and an unknown verdict reads as a denial."""
-    assert getattr(one(**given), field) == value
+    assert getattr(one(Agent(), **given), field) == value
 
 
 def test_unknown_agent() -> None:
     """A record of a cgroup that nobody knows is kept, without an agent."""
-    flow = from_kernel(event(), None, offset_ns=0, rule_ids=(), name_of=lambda _c, _a: "")
+    flow = one(None)
 
     assert (flow.event_id, flow.container_id, flow.host) == ("k-ab-9", "", "")
 
