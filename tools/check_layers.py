@@ -55,7 +55,7 @@ LARGER = {
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 # Modules that a test by another name holds, or that only declare or start something.
 NO_MIRROR = {
-    "__init__", "__main__", "main", "ports", "demo", "abi", "profiles",
+    "__init__", "__main__", "main", "ports", "demo", "abi", "profiles", "agent_side",
     "breakglass", "ebpf_changes", "ebpf_looks", "verifier",  # held by test_ebpf_manager and test_budget
 }  # fmt: skip
 # Packages whose modules only mean something together: one test file, named for the package, holds them.
