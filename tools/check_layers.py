@@ -127,9 +127,7 @@ def check_files(root: Path, source: Path) -> Iterator[str]:
 
 
 def check_mirrors(root: Path, source: Path) -> Iterator[str]:
-    """Modules that no test file is named for, against the list of those that still lack one."""
-    listed = root / "tools" / "unmirrored.txt"
-    excused = set(listed.read_text(encoding="utf-8").split()) if listed.exists() else set()
+    """Modules that no test file is named for."""
     tests = {path.stem for path in (root / "tests").rglob("test_*.py")}
     for path in sorted([*source.rglob("*.py"), *source.rglob("*.pyx")]):
         inner = path.relative_to(source)
@@ -138,9 +136,7 @@ def check_mirrors(root: Path, source: Path) -> Iterator[str]:
         names = {f"test_{path.stem}", "test_" + "_".join([*inner.parts[:-1], path.stem])}
         names |= {f"test_{inner.parts[-2]}_{path.stem}"} if len(inner.parts) > 1 else set()
         names |= {HELD_TOGETHER[str(inner.parent)]} if str(inner.parent) in HELD_TOGETHER else set()
-        if names & tests and str(inner) in excused:
-            yield f"{inner}: has a test file now; take it out of tools/unmirrored.txt"
-        elif not names & tests and str(inner) not in excused:
+        if not names & tests:
             yield f"{inner}: no test file test_{path.stem}.py"
 
 
