@@ -15,6 +15,7 @@ import pytest
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.engines.host import process
 from clawker_cp.errors import NotFound
+from clawker_cp.testing.descriptors import no_descriptor_left
 
 LIMIT_S = 10.0
 
@@ -77,6 +78,18 @@ async def test_end_of_a_process_is_seen(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
                 assert not waiting.done()
                 child.kill()
+
+
+async def test_a_process_is_not_over_because_there_is_no_descriptor_to_watch_it(tmp_path: Path) -> None:
+    """Without a descriptor the wait goes on, and ends with the process once there is one."""
+    with sleeper() as child:
+        started = process.start_time(child.pid)
+        async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+            with no_descriptor_left():
+                waiting = group.create_task(process.wait_gone(child.pid, started))
+                await asyncio.sleep(0)
+                assert not waiting.done()
+            child.kill()
 
 
 async def test_sandbox_that_has_ended_has_no_command(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from clawker_cp.errors import NotFound, Unavailable
 STATUS_FILE = "status"
 START_LIMIT_S = 10.0
 POLL_S = 0.005
+DESCRIPTOR_PAUSE_S = 0.1
 UNKNOWN_EXIT = 137  # killed before it could say
 OWN_FAILURE = 125  # ruling R40: the sandbox could not be set up
 # Signals that a terminal or a shell sends to a whole job; others are for the command alone.
@@ -134,10 +135,15 @@ async def wait_gone(pid: int, started: int = 0) -> None:
     """
     Wait until a process that need not be our child has ended; `started` tells it from a later one.
     """
-    try:
-        pidfd = os.pidfd_open(pid)
-    except (ProcessLookupError, ValueError, OSError):
-        return
+    while True:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except (ProcessLookupError, ValueError):
+            return
+        except OSError:  # no descriptor is to be had: that says nothing about the process
+            await asyncio.sleep(DESCRIPTOR_PAUSE_S)
+        else:
+            break
     if started and start_time(pid) not in {0, started}:
         os.close(pidfd)
         return
