@@ -22,6 +22,7 @@ import structlog
 
 from clawker_cp.engines.base import AgentNetwork, RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
+from clawker_cp.engines.host.bubble import OPEN_FILES
 from clawker_cp.engines.host.filesystem import check_view, etc_files
 from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.engines.host.publish import Publisher
@@ -60,6 +61,7 @@ class HostEngine:
         with_ring: bool = True,
         extra_tuples: Sequence[tuple[str, int]] = (),
         ring_group: int = DEFAULT_GROUP,
+        open_files: int = OPEN_FILES,
         on_drop: Callable[[RingEvent], None] | None = None,
     ) -> None:
         self._state = state_dir / "sandboxes"
@@ -71,6 +73,7 @@ class HostEngine:
         self._ca_dir = ca_dir
         self.ring = HostRing(bridge, subnet, self.gateway, group=ring_group, extra_tuples=extra_tuples)
         self._with_ring = with_ring
+        self._open_files = open_files
         self._on_drop = on_drop
         self._log: RingLog | None = None
         self._pool = network.AddressPool(subnet)
@@ -232,6 +235,7 @@ class HostEngine:
             netns=network.namespace_path(sandbox.netns),
             masked=self._masked,
             ca_dir=self._ca_dir,
+            open_files=self._open_files,
         )
         self._processes[sandbox_id] = started
         sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)

@@ -43,6 +43,7 @@ def launch(
     netns: Path,
     masked: Sequence[Path],
     ca_dir: Path | None,
+    open_files: int,
 ) -> subprocess.Popen[bytes]:
     """
     Start the stages of a sandbox on the given streams; returns at once. Blocks for the fork.
@@ -57,7 +58,9 @@ def launch(
         if sandbox.spec.seccomp:
             seccomp = _memory_file("filter", filter_program())
             opened.append(seccomp)
-        line = command_line(sandbox, cgroups, netns, args_fd=args, status_fd=status, seccomp_fd=seccomp)
+        line = command_line(
+            sandbox, cgroups, netns, args_fd=args, status_fd=status, seccomp_fd=seccomp, open_files=open_files
+        )
         return subprocess.Popen(
             line,
             stdin=streams[0],
