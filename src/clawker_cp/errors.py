@@ -11,6 +11,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 
+# What libraries that read a stranger's text raise for some of it, besides the error they document.
+READERS_RAISE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
+
 
 class ClawkerError(Exception):
     """
