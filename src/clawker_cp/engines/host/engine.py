@@ -31,6 +31,7 @@ from clawker_cp.engines.host.ring import DEFAULT_GROUP, HostRing, forwarding, se
 from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets, list_sockets
 from clawker_cp.engines.host.spec_check import check_spec
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
+from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
 
@@ -221,24 +222,29 @@ class HostEngine:
 
     async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None:
         """
-        Start the command on the given streams (which stay the caller's).
+        Start the command on the given streams, which stay the caller's and are open until this returns or raises.
         """
         sandbox = self._known(sandbox_id)
         if sandbox.pid:
             raise Conflict(f"sandbox {sandbox_id[:12]} was started already")
         extra = self._limiter.joined(sandbox.cgroup_path.name) if self._limiter is not None else []
-        started = await asyncio.to_thread(
-            process.launch,
-            sandbox,
-            streams,
-            cgroups=[sandbox.cgroup_path, *extra],
-            netns=network.namespace_path(sandbox.netns),
-            masked=self._masked,
-            ca_dir=self._ca_dir,
-            open_files=self._open_files,
-        )
-        self._processes[sandbox_id] = started
-        sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+
+        def start() -> None:
+            started = process.launch(
+                sandbox,
+                streams,
+                cgroups=[sandbox.cgroup_path, *extra],
+                netns=network.namespace_path(sandbox.netns),
+                masked=self._masked,
+                ca_dir=self._ca_dir,
+                open_files=self._open_files,
+            )
+            self._processes[sandbox_id] = started
+            sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+
+        # A caller that was cancelled closes the streams, and their numbers are given to the next that asks: the
+        # command would write into that, be it the input of an `nft` that we run.
+        await in_thread_to_the_end(start)
         write_record(sandbox)
 
     async def wait(self, sandbox_id: str) -> int:
