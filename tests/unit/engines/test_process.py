@@ -55,6 +55,15 @@ def test_half_a_line_of_the_status_file_is_not_read(tmp_path: Path) -> None:
     assert process.status(sandbox_in(tmp_path)) == {"child-pid": 12}
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe\x80", b"7", b"[]", b"null", b'{"exit-code": "7"}', b"[" * 100_000])
+def test_a_status_file_of_garbage_tells_nothing(tmp_path: Path, line: bytes) -> None:
+    """What a crash of the host left there ends nothing: other lines are read, else the command was killed."""
+    (tmp_path / process.STATUS_FILE).write_bytes(line + b"\n")
+    assert process.exit_code(sandbox_in(tmp_path), None) == process.UNKNOWN_EXIT
+    (tmp_path / process.STATUS_FILE).write_bytes(line + b'\n{ "exit-code": 7 }\n')
+    assert process.exit_code(sandbox_in(tmp_path), None) == 7
+
+
 def test_process_that_took_over_a_pid_is_not_ours(tmp_path: Path) -> None:
     """A pid alone does not make a sandbox living: the start time has to be the recorded one."""
     with sleeper() as child:

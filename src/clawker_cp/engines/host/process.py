@@ -91,14 +91,16 @@ def status(sandbox: Sandbox) -> dict[str, int]:
     """
     known: dict[str, int] = {}
     try:
-        text = (sandbox.directory / STATUS_FILE).read_text()
+        data = (sandbox.directory / STATUS_FILE).read_bytes()
     except OSError:
         return known
-    for line in text.splitlines():
+    for line in data.splitlines():
         try:
-            known.update(orjson.loads(line))
+            said = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
+        if isinstance(said, dict):
+            known |= {key: value for key, value in said.items() if isinstance(value, int)}
     return known
 
 
