@@ -19,6 +19,7 @@ import pytest
 
 from clawker_cp.engines.base import Limits, Mount, Publish
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
+from clawker_cp.engines.host.process import STATUS_FILE
 from clawker_cp.errors import Conflict, InvalidInput, NotFound
 from clawker_cp.testing.sandbox_world import GATEWAY, Host, end, make_engine, running_host, sh, tcp_server, until
 
@@ -59,6 +60,34 @@ async def test_nothing_runs_before_run_and_everything_runs_in_the_cgroup(host: H
     until(lambda: _names(procs) == {"bwrap", "sleep"}, "bwrap and sleep in the cgroup")
     namespace = Path("/run/netns", sandbox.netns).stat().st_ino
     assert {Path(f"/proc/{pid}/ns/net").stat().st_ino for pid in procs.read_text().split()} == {namespace}
+
+
+async def test_a_start_that_is_cancelled_leaves_the_streams_open_until_the_command_has_them(host: Host) -> None:
+    """A caller closes them when its call is over: before that their numbers are given to nothing else of ours."""
+    sandbox = await host.engine.create(host.spec("echo", "mine"))
+    status = sandbox.directory / STATUS_FILE
+    os.mkfifo(status)  # whoever starts the command waits here for a reader
+    read, write = os.pipe()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        starting = group.create_task(host.engine.run(sandbox.id, (write, write, write)))
+        await asyncio.sleep(0)
+        over = []
+        for _ in range(3):
+            starting.cancel()
+            await asyncio.sleep(0)
+            over.append(starting.done())
+        reader = os.open(status, os.O_RDONLY | os.O_NONBLOCK)
+        await asyncio.wait([starting])
+    os.close(write)
+    status.unlink()
+    status.touch()
+    output = await asyncio.to_thread(os.read, read, 100)
+    os.close(reader)
+    os.close(read)
+
+    assert over == [False] * 3
+    assert starting.cancelled() and sandbox.pid
+    assert output == b"mine\n"
 
 
 def _names(procs: Path) -> set[str]:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import orjson
 import structlog
@@ -25,6 +26,7 @@ from clawker_cp.agents.sandbox_rows import SandboxRow, SandboxRows, SandboxState
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.engines.host.console import Attachment, Console
 from clawker_cp.errors import ClawkerError, Conflict, NotFound
+from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
 
@@ -109,22 +111,25 @@ class SandboxService:
             raise Conflict("the control plane is shutting down", code="QUEUE_CLOSED")
         spec = replace(spec, extra={"rules": NO_RULES, "learn": False, DETACHED: True, "auto_remove": auto_remove})
         console: Console | None = None
+        row: SandboxRow | None = None
         try:
             async with self._lives.prepared(LifeRequest(spec, NO_RULES)) as prepared:
                 sandbox = _sandbox(prepared)
                 document = orjson.dumps(spec.as_mapping()).decode()
                 row = SandboxRow(sandbox.id, document, SandboxState.CREATED, int(self._wall()))
-                await asyncio.to_thread(self._rows.put, row)
+                await in_thread_to_the_end(partial(self._rows.put, row))
                 console, streams = Console.open(sandbox.directory, tty=spec.tty)
                 try:
                     await self._lives.launch(sandbox.id, streams)
                 finally:
                     for fd in streams:
                         os.close(fd)
-                await asyncio.to_thread(self._rows.started, sandbox.id, int(self._wall()))
+                await in_thread_to_the_end(partial(self._rows.started, sandbox.id, int(self._wall())))
         except BaseException:
             if console is not None:
                 console.close()
+            if row is not None:
+                await self._forget(row.id)
             raise
         self._follow(sandbox.id, console, group, auto_remove=auto_remove)
         return replace(row, state=SandboxState.RUNNING, started_at=int(self._wall())), sandbox
@@ -242,6 +247,13 @@ class SandboxService:
                 break
             self._drop(oldest)
         self._gone()
+
+    async def _forget(self, sandbox_id: str) -> None:
+        """Take back the row of a sandbox that did not come to be; one that stays is told at the next start."""
+        try:
+            await in_thread_to_the_end(partial(self._rows.remove, sandbox_id))
+        except ClawkerError as error:
+            log.warning("sandbox_row_unwritten", id=sandbox_id[:12], cause=str(error))
 
     def _drop(self, sandbox_id: str) -> None:
         self._consoles.pop(sandbox_id, None)

@@ -22,6 +22,7 @@ import structlog
 
 from clawker_cp.engines.base import AgentNetwork, RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
+from clawker_cp.engines.host.bubble import OPEN_FILES
 from clawker_cp.engines.host.filesystem import check_view, etc_files
 from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.engines.host.publish import Publisher
@@ -30,6 +31,7 @@ from clawker_cp.engines.host.ring import DEFAULT_GROUP, HostRing, forwarding, se
 from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets, list_sockets
 from clawker_cp.engines.host.spec_check import check_spec
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
+from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
 
@@ -60,6 +62,7 @@ class HostEngine:
         with_ring: bool = True,
         extra_tuples: Sequence[tuple[str, int]] = (),
         ring_group: int = DEFAULT_GROUP,
+        open_files: int = OPEN_FILES,
         on_drop: Callable[[RingEvent], None] | None = None,
     ) -> None:
         self._state = state_dir / "sandboxes"
@@ -71,6 +74,7 @@ class HostEngine:
         self._ca_dir = ca_dir
         self.ring = HostRing(bridge, subnet, self.gateway, group=ring_group, extra_tuples=extra_tuples)
         self._with_ring = with_ring
+        self._open_files = open_files
         self._on_drop = on_drop
         self._log: RingLog | None = None
         self._pool = network.AddressPool(subnet)
@@ -218,23 +222,29 @@ class HostEngine:
 
     async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None:
         """
-        Start the command on the given streams (which stay the caller's).
+        Start the command on the given streams, which stay the caller's and are open until this returns or raises.
         """
         sandbox = self._known(sandbox_id)
         if sandbox.pid:
             raise Conflict(f"sandbox {sandbox_id[:12]} was started already")
         extra = self._limiter.joined(sandbox.cgroup_path.name) if self._limiter is not None else []
-        started = await asyncio.to_thread(
-            process.launch,
-            sandbox,
-            streams,
-            cgroups=[sandbox.cgroup_path, *extra],
-            netns=network.namespace_path(sandbox.netns),
-            masked=self._masked,
-            ca_dir=self._ca_dir,
-        )
-        self._processes[sandbox_id] = started
-        sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+
+        def start() -> None:
+            started = process.launch(
+                sandbox,
+                streams,
+                cgroups=[sandbox.cgroup_path, *extra],
+                netns=network.namespace_path(sandbox.netns),
+                masked=self._masked,
+                ca_dir=self._ca_dir,
+                open_files=self._open_files,
+            )
+            self._processes[sandbox_id] = started
+            sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+
+        # A caller that was cancelled closes the streams, and their numbers are given to the next that asks: the
+        # command would write into that, be it the input of an `nft` that we run.
+        await in_thread_to_the_end(start)
         write_record(sandbox)
 
     async def wait(self, sandbox_id: str) -> int:
