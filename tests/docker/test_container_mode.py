@@ -105,16 +105,57 @@ async def test_up_enforces_agents_and_down_leaves_nothing(machine: DockerMachine
         while await machine.agents():
             await asyncio.sleep(0.1)
     ended = await machine.ctl("down", timeout_s=90)
-    host = machine.machine.host
-    tables = (await host.run(["nft", "list", "tables"])).out
-    pins = (await host.run(["ls", "/sys/fs/bpf"])).out
+    left = await in_kernel(machine)
     containers = await machine.docker.client.list_containers(every=True)
 
     assert reached == (0, "200") and denied[0] == 6
     assert refused.code == 1 and "clawker.shop.dev" in refused.err
     assert ended.code == 0, ended.err
-    assert "clawker" not in tables and "clawker" not in pins
+    assert "clawker" not in left
     assert [one["Names"] for one in containers] == []
+
+
+async def in_kernel(machine: DockerMachine) -> str:
+    """Names of packet filters and pins of the machine."""
+    host = machine.machine.host
+    return (await host.run(["nft", "list", "tables"])).out + (await host.run(["ls", "/sys/fs/bpf"])).out
+
+
+async def test_down_leaves_nothing_of_one_that_was_killed_or_is_gone(machine: DockerMachine) -> None:
+    """
+    While an agent runs `down` names it and leaves the dead server's programs and filters to judge it; after that
+    nothing of the server is left in the kernel or the engine, whether its container is still there or not.
+    """
+    client = machine.docker.client
+    await up(machine)
+    agent = await machine.docker.agent("dev", project="shop", network=NETWORK, usr=True)
+    await machine.wait_enrolled(agent)
+    await client.kill(CONTROL_PLANE)
+    await machine.machine.world.reset()
+    refused = await machine.ctl("down")
+    held = await in_kernel(machine)
+    tried = await status(machine, agent, f"http://{EVIL}/x")
+    packets = await machine.machine.world.packets(dst=EVIL)
+    await client.remove(agent, force=True)
+    killed = await machine.ctl("down", timeout_s=90)
+    after_kill = await in_kernel(machine)
+    again = await machine.ctl("down", timeout_s=90)
+    await up(machine)
+    await client.remove(CONTROL_PLANE, force=True)
+    left = await in_kernel(machine)
+    gone = await machine.ctl("down", timeout_s=90)
+    after_gone = await in_kernel(machine)
+    containers = await client.list_containers(every=True)
+
+    assert refused.code == 1 and "clawker.shop.dev" in refused.err and "docker stop" in refused.err
+    assert tried[0] == 7 and packets == []
+    assert "clawker" in held and "clawker" in left
+    assert (killed.code, again.code, gone.code) == (0, 0, 0), killed.err + again.err + gone.err
+    assert "/sys/fs/bpf/clawker" in killed.out and "table bridge clawker_" in killed.out
+    assert again.out.rstrip().endswith("is not there")
+    assert "is not there" in gone.out and "had been left" in gone.out
+    assert "clawker" not in after_kill + after_gone
+    assert containers == []
 
 
 async def test_killed_or_replaced_it_opens_nothing(machine: DockerMachine) -> None:

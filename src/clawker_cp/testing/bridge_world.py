@@ -108,6 +108,14 @@ def hold(*argv: str) -> subprocess.Popen[str]:
     return process
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """End what `hold` began."""
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
 @dataclass
 class Yard:
     """A host with a bridge as Docker makes it, an outside, and boxes on the bridge."""
@@ -198,10 +206,7 @@ async def yard(addresses: dict[str, str], *, bridged_calls: bool = False, **opti
         finally:
             log.close()
             for process in made.held:
-                process.kill()
-                process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
+                end(process)
 
 
 def frame(source: str, ether_type: int, payload: bytes, *, target: str) -> bytes:

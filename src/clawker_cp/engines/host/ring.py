@@ -17,6 +17,7 @@ import structlog
 from clawker_cp.engines.host.commands import run
 from clawker_cp.engines.host.direct import Direct, DirectPaths, disjoint, source_of
 from clawker_cp.engines.host.network import interface_prefix, mac_of
+from clawker_cp.engines.host.tables import PREFIX
 from clawker_cp.errors import Unavailable
 
 __all__ = ["Direct", "HostRing", "disjoint"]
@@ -54,7 +55,7 @@ class HostRing(DirectPaths):
         group: int = DEFAULT_GROUP,
         extra_tuples: Sequence[tuple[str, int]] = (),
     ) -> None:
-        super().__init__(f"clawker_{bridge}")
+        super().__init__(f"{PREFIX}{bridge}")
         self._bridge = bridge
         self._subnet = subnet
         self._gateway = gateway
