@@ -80,7 +80,8 @@ class SandboxLives:
     Starts, follows and ends sandboxes.
 
     `prepared` leaves either a whole, enrolled sandbox or nothing, also when cancelled. `settle` is
-    awaited between a sandbox's death and its withdrawal, while its records still find it.
+    awaited between a sandbox's death and its withdrawal, while its records still find it. What cannot be taken away
+    stays a life, with its row and its rules, until `retry` or whoever else ends it succeeds.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class SandboxLives:
         self._require: Callable[[], None] = lambda: None
         self._lives: dict[str, EnrolledAgent] = {}
         self._ending: dict[str, asyncio.Event] = {}
+        self._left: set[str] = set()  # lives whose end was begun and did not succeed
 
     def __len__(self) -> int:
         return len(self._lives)
@@ -186,6 +188,15 @@ class SandboxLives:
         if agent is not None:
             await self._end(agent, grace_s=grace_s)
 
+    async def retry(self) -> list[str]:
+        """
+        End again what could not be ended; the ids of those that have ended now.
+        """
+        left = [agent for agent in self._lives.values() if agent.id in self._left]
+        for agent in left:
+            await self._end(agent)
+        return [agent.id for agent in left if agent.id not in self._lives]
+
     async def _end(self, agent: EnrolledAgent, *, grace_s: float = 0.0) -> None:
         if agent.id in self._ending:
             await self._ending[agent.id].wait()
@@ -202,8 +213,9 @@ class SandboxLives:
                 await self._contained(agent, "withdraw", partial(self._withdraw, agent))
                 await self._contained(agent, "rules", partial(self._policy.drop_ephemeral, agent.key))
                 log.info("withdrawn", id=agent.id, agent=agent.key)
+                self._lives.pop(agent.id, None)
         finally:
-            self._lives.pop(agent.id, None)
+            (self._left.add if agent.id in self._lives else self._left.discard)(agent.id)
             del self._ending[agent.id]
             done.set()
 

@@ -36,6 +36,7 @@ from clawker_cp.wiring.translation import adopted_request, life_request
 
 log = structlog.get_logger()
 
+RETRY_S = 5.0
 UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
 
 
@@ -129,7 +130,10 @@ class HostAgents:
         """Nothing: there are no containers on this bridge."""
 
     def parts(self) -> list[Part]:
-        return [("sandboxes", self.sandboxes.run, "no sandbox can be created")]
+        return [
+            ("sandboxes", self.sandboxes.run, "no sandbox can be created"),
+            ("ends_retried", self._retry_ends, "a sandbox that could not be taken away stays, enforced"),
+        ]
 
     async def take_over(self, group: asyncio.TaskGroup, agents: AgentControl) -> list[asyncio.Task[None]]:
         await self.sandboxes.wait_running()
@@ -168,6 +172,21 @@ class HostAgents:
             await self._enforcement.cut_strangers(agent)
         except ClawkerError as error:
             log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
+
+    async def _retry_ends(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_S)
+            ended = await self._lives.retry()
+            for sandbox_id in self._engine.left():
+                # One whose creation failed has no life.
+                if not self._lives.knows(sandbox_id):
+                    try:
+                        await self._engine.remove(sandbox_id, force=True, grace_s=0)
+                    except (ClawkerError, OSError) as error:
+                        log.warning("sandbox_remains", id=sandbox_id[:12], cause=str(error))
+            if ended:
+                await asyncio.to_thread(self.sandboxes.ended_late, ended)
+                self._gone()
 
     async def _follow_adopted(self, sandbox_id: str) -> None:
         """Take an adopted sandbox apart at its end; end it if nobody comes back for it."""

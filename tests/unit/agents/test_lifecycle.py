@@ -107,7 +107,23 @@ async def test_what_cannot_be_killed_keeps_its_row_and_its_rules() -> None:
     await world.lives.adopt(Sandbox(), REQUEST)
     await world.lives.stop("id1", grace_s=0)
     assert world.steps == ["enroll", "remove"]
-    assert world.roster.by_id("id1") is not None
+    assert world.roster.by_id("id1") is not None and world.lives.knows("id1")
+
+
+async def test_what_could_not_be_taken_away_is_tried_again_until_it_is() -> None:
+    """Only what failed; nothing of the later steps is done twice, and who asks meanwhile tries too."""
+    world = World("remove")
+    await world.lives.adopt(Sandbox(), REQUEST)
+    idle = await world.lives.retry()
+    await world.lives.stop("id1", grace_s=0)
+    tried = await world.lives.retry()
+    code = await world.lives.finish("id1")
+    world.failing = ""
+    ended = [await world.lives.retry() for _ in range(2)]
+
+    assert (idle, tried, code, ended) == ([], [], 42, [["id1"], []])
+    assert world.steps == ["enroll", "remove", "remove", "wait", "remove", *END]
+    assert not world.lives.knows("id1") and len(world.roster) == 0
 
 
 @pytest.mark.parametrize("failing", ["settle", "withdraw"])

@@ -82,6 +82,7 @@ class HostEngine:
         self._ended: dict[str, int] = {}
         self._creating = asyncio.Lock()
         self._removing: dict[str, asyncio.Event] = {}
+        self._left: set[str] = set()
 
     name = "host"
     session_port = 0  # its sandboxes run no agent daemon (R32)
@@ -279,13 +280,13 @@ class HostEngine:
         """
         End a sandbox and take everything of it away; one that is gone is fine.
 
-        Raises `Conflict` AGENT_RUNNING for a running one without `force`.
+        Raises `Conflict` AGENT_RUNNING for a running one without `force`. What fails leaves it listed, with its name
+        and its address, for the next call.
         """
+        while sandbox_id in self._removing:
+            await self._removing[sandbox_id].wait()
         sandbox = self._sandboxes.get(sandbox_id)
         if sandbox is None:
-            return
-        if sandbox_id in self._removing:
-            await self._removing[sandbox_id].wait()
             return
         if not force and (process.runs(sandbox) or cgroups.is_populated(sandbox.cgroup_path)):
             raise Conflict(f"sandbox {sandbox_id[:12]} is running", code="AGENT_RUNNING", hint="remove it with force")
@@ -293,13 +294,20 @@ class HostEngine:
         try:
             await self._stop(sandbox, grace_s)
             await self._take_apart(sandbox)
-        finally:
             self._sandboxes.pop(sandbox_id, None)
             started = self._processes.pop(sandbox_id, None)
             if started is not None:
                 started.poll()
+        finally:
+            (self._left.add if sandbox_id in self._sandboxes else self._left.discard)(sandbox_id)
             del self._removing[sandbox_id]
             done.set()
+
+    def left(self) -> list[str]:
+        """
+        Ids of sandboxes whose removal was begun and has not succeeded.
+        """
+        return sorted(self._left)
 
     async def cut(self, sandbox_id: str, match: Callable[[SocketInfo], bool]) -> int:
         """
