@@ -276,6 +276,16 @@ class HostEngine:
         process.kill_init(self._known(sandbox_id))
         await cgroups.kill(self._known(sandbox_id).cgroup_path, KILL_LIMIT_S)
 
+    async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
+        """
+        End every process of a sandbox, first with SIGTERM and its grace; one that is gone is fine.
+        """
+        while sandbox_id in self._removing:
+            await self._removing[sandbox_id].wait()
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is not None:
+            await self._stop(sandbox, grace_s)
+
     async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
         """
         End a sandbox and take everything of it away; one that is gone is fine.
@@ -399,8 +409,7 @@ class HostEngine:
         await self._publisher.withdraw(sandbox.id)
         if self._with_ring:
             await self.ring.unpin(sandbox.interface, sandbox.address)
-        await network.forget_neighbour(sandbox.address, self._bridge)
-        await network.remove_sandbox(sandbox.netns, sandbox.interface)
+        await network.remove_sandbox(sandbox.netns, sandbox.interface, (sandbox.address, self._bridge))
         await cgroups.clear(sandbox.cgroup_path, KILL_LIMIT_S)
         if self._limiter is not None:
             await self._limiter.clear(sandbox.cgroup_path.name, KILL_LIMIT_S)
