@@ -20,7 +20,7 @@ import pytest
 from clawker_cp.engines.base import Limits, Mount, Publish
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.engines.host.process import STATUS_FILE
-from clawker_cp.errors import Conflict, InvalidInput, NotFound
+from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
 from clawker_cp.testing.sandbox_world import GATEWAY, Host, end, make_engine, running_host, sh, tcp_server, until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -317,6 +317,29 @@ async def test_remove_needs_force_gives_grace_and_leaves_nothing(host: Host) -> 
     until(lambda: "up" in host.output(stubborn), "the trap")
     await host.engine.remove(stubborn, force=True, grace_s=0.1)
     assert await host.engine.wait(stubborn) == 137
+
+
+async def test_what_cannot_be_taken_away_stays_listed_until_it_can(host: Host) -> None:
+    """Somebody removed the packet filter, so a pin cannot be taken back: name and address stay taken meanwhile."""
+    sandbox_id = await host.start("sh", "-c", "echo up; sleep 100", agent="one")
+    until(lambda: "up" in host.output(sandbox_id), "the command")
+    sh("nft", "delete", "table", "inet", "clawker_cwtest0")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="nft"):
+            await host.engine.remove(sandbox_id, force=True, grace_s=0)
+    (kept,), left = host.engine.living(), host.engine.left()
+    with pytest.raises(Conflict, match="one"):
+        await host.engine.create(host.spec("true", agent="one"))
+    await host.engine.ring.install([])
+    both = [host.engine.remove(sandbox_id, force=True, grace_s=0) for _ in range(2)]
+    async with asyncio.TaskGroup() as group:
+        for one in both:
+            group.create_task(one)
+
+    assert (kept.id, left) == (sandbox_id, [sandbox_id])
+    assert await host.engine.wait(sandbox_id) == 137
+    assert host.engine.living() == [] and host.engine.left() == []
+    assert not kept.cgroup_path.exists() and not Path("/run/netns", kept.netns).exists()
 
 
 async def test_names_are_taken_once_and_addresses_are_not_reused_at_once(host: Host) -> None:

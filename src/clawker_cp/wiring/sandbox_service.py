@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from clawker_cp.agents.roster import Roster
 from clawker_cp.agents.sandbox_rows import SandboxRow, SandboxRows, SandboxState
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.engines.host.console import Attachment, Console
-from clawker_cp.errors import ClawkerError, Conflict, NotFound
+from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
 from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
@@ -140,6 +140,12 @@ class SandboxService:
         """
         self._rows.settle({sandbox.id for sandbox in self._living()}, int(self._wall()))
 
+    def ended_late(self, ids: Collection[str]) -> None:
+        """
+        Bring the list to sandboxes that could be taken away at last. Blocks: call it in a thread.
+        """
+        self._rows.forget_ended(ids)
+
     def adopt(self, sandbox: Sandbox) -> bool:
         """
         Take over a sandbox that an earlier server created here; False if it was a client's.
@@ -169,7 +175,7 @@ class SandboxService:
     async def remove(self, reference: str, *, force: bool, grace_s: float) -> None:
         """
         End a sandbox and forget it. Raises `Conflict` (`AGENT_RUNNING`) for a running one without `force`,
-        `NotFound` for one that is not known.
+        `NotFound` for one that is not known, `Unavailable` for one that cannot be taken away now.
         """
         try:
             sandbox_id = by_container(reference, self._living()).id
@@ -183,6 +189,11 @@ class SandboxService:
         ended = self._ended.get(sandbox_id)
         await asyncio.to_thread(self._rows.forget_at_end, sandbox_id)
         await self._lives.stop(sandbox_id, grace_s=grace_s)
+        if self._lives.knows(sandbox_id):
+            raise Unavailable(
+                f"sandbox {sandbox_id[:12]} cannot be taken away now",
+                hint="it stays listed and enforced and is tried again every few seconds; the log has the cause",
+            )
         if ended is not None:
             await asyncio.wait([ended], timeout=DRAIN_LIMIT_S)
         await asyncio.to_thread(self._rows.remove, sandbox_id)

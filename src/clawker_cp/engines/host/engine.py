@@ -86,6 +86,7 @@ class HostEngine:
         self._ended: dict[str, int] = {}
         self._creating = asyncio.Lock()
         self._removing: dict[str, asyncio.Event] = {}
+        self._left: set[str] = set()
 
     name = "host"
     session_port = 0  # its sandboxes run no agent daemon (R32)
@@ -285,17 +286,27 @@ class HostEngine:
         process.kill_init(self._known(sandbox_id))
         await cgroups.kill(self._known(sandbox_id).cgroup_path, KILL_LIMIT_S)
 
+    async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
+        """
+        End every process of a sandbox, first with SIGTERM and its grace; one that is gone is fine.
+        """
+        while sandbox_id in self._removing:
+            await self._removing[sandbox_id].wait()
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is not None:
+            await self._stop(sandbox, grace_s)
+
     async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
         """
         End a sandbox and take everything of it away; one that is gone is fine.
 
-        Raises `Conflict` AGENT_RUNNING for a running one without `force`.
+        Raises `Conflict` AGENT_RUNNING for a running one without `force`. What fails leaves it listed, with its name
+        and its address, for the next call.
         """
+        while sandbox_id in self._removing:
+            await self._removing[sandbox_id].wait()
         sandbox = self._sandboxes.get(sandbox_id)
         if sandbox is None:
-            return
-        if sandbox_id in self._removing:
-            await self._removing[sandbox_id].wait()
             return
         if not force and (process.runs(sandbox) or cgroups.is_populated(sandbox.cgroup_path)):
             raise Conflict(f"sandbox {sandbox_id[:12]} is running", code="AGENT_RUNNING", hint="remove it with force")
@@ -303,13 +314,20 @@ class HostEngine:
         try:
             await self._stop(sandbox, grace_s)
             await self._take_apart(sandbox)
-        finally:
             self._sandboxes.pop(sandbox_id, None)
             started = self._processes.pop(sandbox_id, None)
             if started is not None:
                 started.poll()
+        finally:
+            (self._left.add if sandbox_id in self._sandboxes else self._left.discard)(sandbox_id)
             del self._removing[sandbox_id]
             done.set()
+
+    def left(self) -> list[str]:
+        """
+        Ids of sandboxes whose removal was begun and has not succeeded.
+        """
+        return sorted(self._left)
 
     async def cut(self, sandbox_id: str, match: Callable[[SocketInfo], bool]) -> int:
         """
@@ -401,8 +419,7 @@ class HostEngine:
         await self._publisher.withdraw(sandbox.id)
         if self._with_ring:
             await self.ring.unpin(sandbox.interface, sandbox.address)
-        await network.forget_neighbour(sandbox.address, self._bridge)
-        await network.remove_sandbox(sandbox.netns, sandbox.interface)
+        await network.remove_sandbox(sandbox.netns, sandbox.interface, (sandbox.address, self._bridge))
         await cgroups.clear(sandbox.cgroup_path, KILL_LIMIT_S)
         if self._limiter is not None:
             await self._limiter.clear(sandbox.cgroup_path.name, KILL_LIMIT_S)
