@@ -21,7 +21,7 @@ import msgspec
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from clawker_cp.errors import InvalidInput
+from clawker_cp.errors import READERS_RAISE, InvalidInput
 
 OVERRIDE_PREFIX = "CLAWKER_CP_"
 # Variables with the prefix that are no settings (contract 1.4).
@@ -302,7 +302,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, YAMLError, RecursionError) as error:
+    except (YAMLError, *READERS_RAISE) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__

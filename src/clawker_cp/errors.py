@@ -8,7 +8,11 @@ tokens, keys or certificates (I11).
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
+
+# What libraries that read a stranger's text raise for some of it, besides the error they document.
+READERS_RAISE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 
 
 class ClawkerError(Exception):
@@ -101,3 +105,26 @@ class DeadlineExceeded(ClawkerError, TimeoutError):
     """Our own time budget ran out."""
 
     code = "DEADLINE_EXCEEDED"
+
+
+def descriptors_spent(error: BaseException) -> CapacityExceeded | None:
+    """
+    What to tell people of a system call that found no file descriptor left; None for any other error.
+    """
+    if not isinstance(error, OSError) or error.errno not in {errno.EMFILE, errno.ENFILE}:
+        return None
+    return CapacityExceeded(
+        "the control plane has no file descriptor left",
+        limit="file descriptors",
+        hint="raise its limit on open files (ulimit -n, LimitNOFILE=), or stop agents",
+    )
+
+
+def unexpected(error: OSError) -> ClawkerError:
+    """
+    What nobody expected of a file or a socket, as one line, with the next step where there is one.
+    """
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+    hint = "is the disk full or read-only?" if full else None
+    return descriptors_spent(error) or Unavailable(f"{where}{error.strerror or error}", hint=hint)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -105,16 +106,113 @@ async def test_up_enforces_agents_and_down_leaves_nothing(machine: DockerMachine
         while await machine.agents():
             await asyncio.sleep(0.1)
     ended = await machine.ctl("down", timeout_s=90)
-    host = machine.machine.host
-    tables = (await host.run(["nft", "list", "tables"])).out
-    pins = (await host.run(["ls", "/sys/fs/bpf"])).out
+    left = await in_kernel(machine)
     containers = await machine.docker.client.list_containers(every=True)
 
     assert reached == (0, "200") and denied[0] == 6
     assert refused.code == 1 and "clawker.shop.dev" in refused.err
     assert ended.code == 0, ended.err
-    assert "clawker" not in tables and "clawker" not in pins
+    assert "clawker" not in left
     assert [one["Names"] for one in containers] == []
+
+
+# Begins 512 connections to the control plane, says how many there are once a second brought no more, and holds them.
+GREEDY = """
+import select, socket
+held, there, poll = {}, 0, select.epoll()
+for _ in range(512):
+    s = socket.socket(); s.setblocking(False); s.connect_ex(("%s", 7444))
+    held[s.fileno()] = s; poll.register(s, select.EPOLLOUT)
+while ready := poll.poll(1):
+    for fd, event in ready:
+        poll.unregister(fd); there += not event & (select.EPOLLERR | select.EPOLLHUP)
+print(there, flush=True)
+select.select([0], [], [])
+"""
+
+
+async def in_kernel(machine: DockerMachine) -> str:
+    """Names of packet filters and pins of the machine."""
+    host = machine.machine.host
+    return (await host.run(["nft", "list", "tables"])).out + (await host.run(["ls", "/sys/fs/bpf"])).out
+
+
+async def test_down_leaves_nothing_of_one_that_was_killed_or_is_gone(machine: DockerMachine) -> None:
+    """
+    While an agent runs `down` names it and leaves the dead server's programs and filters to judge it; after that
+    nothing of the server is left in the kernel or the engine, whether its container is still there or not.
+    """
+    client = machine.docker.client
+    await up(machine)
+    agent = await machine.docker.agent("dev", project="shop", network=NETWORK, usr=True)
+    await machine.wait_enrolled(agent)
+    await client.kill(CONTROL_PLANE)
+    await machine.machine.world.reset()
+    refused = await machine.ctl("down")
+    held = await in_kernel(machine)
+    tried = await status(machine, agent, f"http://{EVIL}/x")
+    packets = await machine.machine.world.packets(dst=EVIL)
+    await client.remove(agent, force=True)
+    killed = await machine.ctl("down", timeout_s=90)
+    after_kill = await in_kernel(machine)
+    again = await machine.ctl("down", timeout_s=90)
+    await up(machine)
+    await client.remove(CONTROL_PLANE, force=True)
+    left = await in_kernel(machine)
+    gone = await machine.ctl("down", timeout_s=90)
+    after_gone = await in_kernel(machine)
+    containers = await client.list_containers(every=True)
+
+    assert refused.code == 1 and "clawker.shop.dev" in refused.err and "docker stop" in refused.err
+    assert tried[0] == 7 and packets == []
+    assert "clawker" in held and "clawker" in left
+    assert (killed.code, again.code, gone.code) == (0, 0, 0), killed.err + again.err + gone.err
+    assert "/sys/fs/bpf/clawker" in killed.out and "table bridge clawker_" in killed.out
+    assert again.out.rstrip().endswith("is not there")
+    assert "is not there" in gone.out and "had been left" in gone.out
+    assert "clawker" not in after_kill + after_gone
+    assert containers == []
+
+
+async def test_one_agent_cannot_take_all_connections_to_it(machine: DockerMachine) -> None:
+    """Of 512 that an agent begins it has 64; another agent is answered meanwhile, and so is an operator."""
+    await up(machine)
+    client = machine.docker.client
+    record = await client.inspect(CONTROL_PLANE)
+    address = record["NetworkSettings"]["Networks"][NETWORK]["IPAddress"]
+    options: dict[str, Any] = {"network": NETWORK, "usr": True}
+    other = await machine.docker.agent("other", **options)
+    await machine.wait_enrolled(other)
+    greedy = await machine.docker.agent("greedy", **options)
+    await machine.wait_enrolled(greedy)
+    begin = ["docker", "exec", "--interactive", greedy, "/usr/bin/python3", "-c", GREEDY % address]
+    pipe = asyncio.subprocess.PIPE
+    held = await machine.machine.host.start(begin, env=machine.machine.environment, stdin=pipe, stdout=pipe)
+    assert held.stdin is not None and held.stdout is not None
+    try:
+        async with asyncio.timeout(30):
+            there = int(await held.stdout.readline())
+        hello = f"import socket; socket.create_connection(('{address}', 7444), 5); print('answered')"
+        answered = await machine.python(other, hello)
+        operator = await machine.ctl("status")
+        tables = ["nsenter", "-t", str(record["State"]["Pid"]), "-n", "nft", "list", "tables"]
+        counted_in = (await machine.machine.host.run(tables)).out
+    finally:
+        held.stdin.close()  # what it waits for
+        async with asyncio.timeout(20):
+            await held.wait()
+        for one in (greedy, other):
+            await client.remove(one, force=True)
+    async with asyncio.timeout(20):
+        while await machine.agents():
+            await asyncio.sleep(0.1)
+    ended = await machine.ctl("down", timeout_s=90)
+
+    assert there == 64
+    assert answered.out.strip() == "answered", answered.err
+    assert operator.code == 0, operator.err
+    assert "table inet clawker_share" in counted_in
+    assert ended.code == 0, ended.err
 
 
 async def test_killed_or_replaced_it_opens_nothing(machine: DockerMachine) -> None:
@@ -195,4 +293,4 @@ async def test_traffic_may_be_carried_by_containers_beside_it(
     assert after[ENVOY] == before[ENVOY] and after[CONTROL_PLANE] != before[CONTROL_PLANE]
     assert denied[0] == 6
     assert (ended.code, left) == (0, []), ended.err
-    assert f"{ENVOY} and {COREDNS} had been left" in ended.out
+    assert f"{ENVOY}, {COREDNS}, /sys/fs/bpf/clawker, table " in ended.out

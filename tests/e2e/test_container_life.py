@@ -7,6 +7,7 @@ held here is what happens to containers. `tests/integration/test_image.py` runs 
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -48,11 +49,22 @@ while :; do printf "$ANSWER" | nc -l -p 7080 & wait $!; done
 """
 
 
-def image(script: str) -> bytes:
-    """A file system of busybox and one script, as `docker import` takes it."""
+SWEPT = """#!/bin/sh
+echo '{"removed":["/sys/fs/bpf/clawker","table inet clawker_br-0"]}'
+"""
+NOT_SWEPT = """#!/bin/sh
+echo 'clawker-cp: 1 agent cgroups still have processes, the first is /x' >&2
+echo '  hint: stop the agents first' >&2
+exit 1
+"""
+
+
+def image(script: str, sweeper: str) -> bytes:
+    """A file system of busybox and two scripts, as `docker import` takes it."""
     buffer = io.BytesIO()
+    programs = {"busybox": BUSYBOX.read_bytes(), "clawker-cp": script.encode(), "ebpf-manager": sweeper.encode()}
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in (("bin/busybox", BUSYBOX.read_bytes()), ("bin/clawker-cp", script.encode())):
+        for name, data in ((f"bin/{one}", data) for one, data in programs.items()):
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(data), 0o755
             archive.addfile(entry, io.BytesIO(data))
@@ -63,8 +75,8 @@ def image(script: str) -> bytes:
     return buffer.getvalue()
 
 
-async def have_image(engine: EngineHost, name: str, script: str) -> None:
-    await engine.out("import", "--change", 'ENTRYPOINT ["/bin/clawker-cp"]', "-", name, data=image(script))
+async def have_image(engine: EngineHost, name: str, script: str, sweeper: str = SWEPT) -> None:
+    await engine.out("import", "--change", 'ENTRYPOINT ["/bin/clawker-cp"]', "-", name, data=image(script, sweeper))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -74,6 +86,7 @@ async def engine() -> AsyncIterator[EngineHost]:
             ("clawker-cp", HEALTHY), ("newer", HEALTHY + "# newer\n"), ("dies", DIES), ("stuck", STUCK),
         ):  # fmt: skip
             await have_image(engine, name, script)
+        await have_image(engine, "judged", HEALTHY, NOT_SWEPT)
         yield engine
 
 
@@ -241,6 +254,88 @@ async def test_down_waits_for_agents_to_be_gone(engine: EngineHost) -> None:
     assert await engine.out("ps", "-aq") == ""
 
 
+@pytest.mark.parametrize("end", ["kill", "stop", "pause", "rm --force"])
+async def test_down_clears_what_any_end_of_it_left(engine: EngineHost, end: str) -> None:
+    """However the server ended, its own image looks after the kernel, and no container is left."""
+    await up(engine)
+    await engine.out(*end.split(), NAME)
+    done = await engine.ctl("--json", "down")
+    told = json.loads(done.out)
+
+    assert done.code == 0, done.err
+    assert told["action"] == ("absent" if end.startswith("rm") else "removed")
+    assert told["why"] == "/sys/fs/bpf/clawker and table inet clawker_br-0 had been left"
+    assert await engine.out("ps", "-aq") == ""
+
+
+async def test_down_clears_the_kernel_after_one_that_was_made_and_never_started(engine: EngineHost) -> None:
+    """As an `up` leaves it that is killed between the two: an earlier server may have left something."""
+    labels = ("managed=true", "purpose=controlplane", "cp.spec=1")
+    await engine.out("create", "--name", NAME, *(f"--label=dev.clawker.{one}" for one in labels), "clawker-cp")
+    done = await engine.ctl("down")
+    assert done.code == 0 and "had been left" in done.out
+    assert await engine.out("ps", "-aq") == ""
+
+
+async def test_what_has_to_stay_is_said_and_the_next_down_goes_on(engine: EngineHost) -> None:
+    """While somebody that no label shows is judged, the stopped container stays, with the reason in the error."""
+    await up(engine, "--image", "judged")
+    refused = [await engine.ctl("down", "--image", "judged") for _ in range(2)]
+    state = (await inspect(engine))["State"]["Status"]
+    left = await engine.out("ps", "-a", "--format", "{{.Names}}")
+
+    assert [one.code for one in refused] == [1, 1]
+    assert "stays: 1 agent cgroups still have processes, the first is /x" in refused[-1].err
+    assert (state, left) == ("exited", NAME)
+
+
+async def test_down_without_the_servers_image_takes_another_or_says_so(engine: EngineHost) -> None:
+    """An image that was removed under a killed server is no reason to leave what it left, nor to forget it."""
+    await have_image(engine, "gone", HEALTHY + "# gone\n")
+    await up(engine, "--image", "gone")
+    await engine.out("kill", NAME)
+    await engine.out("rmi", "--force", (await inspect(engine))["Image"])
+    pinned = "/sys/fs/bpf/clawker"
+    await engine.host.run(["mkdir", pinned])
+    refused = await engine.ctl("down", "--image", "nothing:1")
+    state = (await inspect(engine))["State"]["Status"]
+    done = await engine.ctl("down")
+    await engine.host.run(["rmdir", pinned])
+
+    assert refused.code == 1 and state == "exited"
+    assert "has no image nothing:1" in refused.err and "--image" in refused.err
+    assert done.code == 0 and "had been left" in done.out
+    assert await engine.out("ps", "-aq") == ""
+
+
+async def test_down_ends_what_the_released_cli_made(engine: EngineHost) -> None:
+    """It drained, and whether there is an image of ours to look after it does not matter."""
+    labels = ("--label", "dev.clawker.managed=true", "--label", "dev.clawker.purpose=controlplane")
+    await engine.out("run", "--detach", "--name", NAME, *labels, "clawker-cp")
+    async with asyncio.timeout(10):
+        while "cp_ready" not in await engine.out("logs", NAME):
+            await asyncio.sleep(0.05)
+    done = await engine.ctl("down", "--image", "nothing:1")
+    assert done.code == 0 and done.out.rstrip().endswith("drained and removed")
+    assert await engine.out("ps", "-aq") == ""
+
+
+async def test_one_verb_at_a_time(engine: EngineHost) -> None:
+    """While one terminal waits for a server to get healthy, neither verb of another interferes, and says why."""
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(engine.ctl("up", "--image", "stuck", "--wait", "6"))
+        async with asyncio.timeout(20):
+            while (await engine.docker("inspect", NAME)).code:
+                await asyncio.sleep(0.05)
+        others = [await engine.ctl(verb) for verb in ("down", "up")]
+        there = await inspect(engine)
+    after = await engine.ctl("down")
+
+    assert all(one.code == 1 and "is at work already, as process" in one.err for one in others)
+    assert there["State"]["Running"] and first.result().code == 1
+    assert after.code == 0, after.err
+
+
 async def test_without_the_image_it_says_how_to_make_it(engine: EngineHost) -> None:
     """One line and a hint."""
     done = await engine.ctl("up", "--image", "nothing:1")
@@ -248,9 +343,10 @@ async def test_without_the_image_it_says_how_to_make_it(engine: EngineHost) -> N
 
 
 async def test_without_an_engine_it_says_where_it_looked(engine: EngineHost) -> None:
-    """It does not wait for one that is not there."""
-    done = await engine.ctl("up", env={"DOCKER_HOST": "unix:///nowhere/docker.sock"})
-    assert done.code == 1 and "/nowhere/docker.sock" in done.err
+    """Neither verb waits for one that is not there."""
+    for verb in ("up", "down"):
+        done = await engine.ctl(verb, env={"DOCKER_HOST": "unix:///nowhere/docker.sock"})
+        assert done.code == 1 and "/nowhere/docker.sock" in done.err and "is dockerd running" in done.err
 
 
 async def test_status_tells_why_the_container_does_not_run(engine: EngineHost) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -108,6 +109,28 @@ async def test_an_agent_is_seen_granted_quarantined_and_removed(served: Served) 
     gone = await ctl(served, "rules", "effective", "shop/life")
     assert gone.code == 1 and "is not known here" in gone.err
     await ok(served, "rules", "delete", "--scope", "agent:shop/life")
+
+
+async def test_a_sandbox_that_cannot_be_taken_away_stays_and_goes_later(served: Served) -> None:
+    """While somebody has removed the packet filter that its pin is in, it is listed; then it goes by itself."""
+    work, host, table = str(served.machine.workdir), served.machine.host, ["table", "inet", "clawker_clawker0"]
+    words = ["sandbox", "run", "-d", "--project", "shop", "--agent", "stuck", "--workdir", work, "--", "sleep", "600"]
+    sandbox = (await ok(served, *words)).strip()
+    kept = await host.run(["nft", "list", *table])
+    await host.run(["nft", "delete", *table])
+    refused = await ctl(served, "sandbox", "remove", "--force", sandbox)
+    listed, agents = await ok(served, "sandbox", "list"), await ok(served, "agents")
+    again = await ctl(served, *words)
+    restored = await host.run(["nft", "-f", "-"], data=kept.out.encode())
+    async with asyncio.timeout(30):
+        while "shop/stuck" in await ok(served, "sandbox", "list"):
+            await asyncio.sleep(0.2)
+
+    assert restored.code == 0, restored.err
+    assert refused.code == 1 and "cannot be taken away now" in refused.err and "tried again" in refused.err
+    assert "shop/stuck" in listed and "shop/stuck" in agents
+    assert again.code == 1 and "runs already" in again.err
+    assert "shop/stuck" not in await ok(served, "sandbox", "list", "--all")
 
 
 async def test_flows_are_shown_and_explained(served: Served) -> None:

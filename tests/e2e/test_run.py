@@ -258,3 +258,12 @@ async def test_a_run_that_waits_for_its_server_is_ended_by_a_signal(machine: Mac
 
     assert code == 128 + signal.SIGINT
     assert gone.code == 0
+
+
+async def test_programs_keep_the_limit_on_open_files_that_the_server_was_started_with(machine: Machine) -> None:
+    """The server takes all it may have; what runs in a sandbox begins with what was set."""
+    body = machine.argv(command=["sh", "-c", "ulimit -S -n; ulimit -H -n"])
+    script = 'ulimit -n 4000; ulimit -S -n 200; exec "$@"'
+    done = await machine.host.run(["sh", "-c", script, "sh", *body], env=machine.environment, timeout_s=60)
+
+    assert done.out == "200\n4000\n", done.err

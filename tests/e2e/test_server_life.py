@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import re
@@ -314,3 +315,36 @@ async def test_with_the_firewall_down_a_signal_ends_the_server_too(machine: Mach
         begun = time.monotonic()
         assert await served.stop() == 0 and time.monotonic() - begun < 15
     assert "Invalid file descriptor" not in log_of(machine)
+
+
+async def test_a_creation_that_is_given_up_leaves_nothing(machine: Machine) -> None:
+    """Whenever its caller leaves, a sandbox is made whole or not at all: no row, process, namespace or tool stays."""
+    async with serving(machine) as served:
+        said = await served.call("""
+            made = 0
+            for number in range(24):
+                request = C.CreateSandboxRequest(project="up", agent=f"a{number}", argv=["sleep", "1000"], workdir=WORK)
+                try:
+                    async with asyncio.timeout(0.02 * number):
+                        await client.call("CreateSandbox", request)
+                except TimeoutError:
+                    continue
+                made += 1
+                await client.call("RemoveSandbox", C.RemoveSandboxRequest(id=f"clawker.up.a{number}", force=True))
+            async with asyncio.timeout(20):
+                while (await client.call("ListSandboxes", C.ListSandboxesRequest(all=True))).sandboxes:
+                    await asyncio.sleep(0.05)
+            result["made"] = made
+        """)
+        namespaces = await machine.host.run(["ip", "netns", "list"])
+        running = (machine.host.cgroup / "cgroup.procs").read_text().split()
+        tools = [name for name in map(_name_of, running) if name in {"nft", "ip", "bridge"}]
+
+    assert said["made"] < 24
+    assert namespaces.out == "" and tools == []
+
+
+def _name_of(pid: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""

@@ -1,9 +1,10 @@
 """
 Requests by which code inside an agent may try to reach a path, a method or a host that no rule allows.
 
-Run inside a sandbox whose rules are `GET,POST https://api.example.com/v1/` and `https://www.example.com`,
-less `https://www.example.com/admin`; prints one JSON line per attempt with the status codes it got. What
-reached an origin is for the outside world to say. HTTP/1 uses the standard library only, HTTP/2 wants `h2`.
+Run inside a sandbox whose rules are `GET,POST https://api.example.com/v1/`, `https://www.example.com` less
+`https://www.example.com/admin`, and `wss://www.example.com/status/`; prints one JSON line per attempt with
+the status codes it got. What reached an origin is for the outside world to say. HTTP/1 uses the standard
+library only, HTTP/2 wants `h2`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ def post(more: bytes, body: bytes) -> bytes:
     return get(more=more, body=body, method=b"POST")
 
 
+UPGRADE = (
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+)
 SPELLINGS = [
     b"/admin", b"/v1-evil", b"/V1/ok", b"/v1/../admin", b"/v1/%2e%2e/admin", b"/v1/.%2e/admin", b"/v1/%252e%252e/admin",
     b"/v1/%25252e%25252e/admin", b"/v1/%2E%2E%2Fadmin", b"/v1//admin", b"//admin", b"/v1/..;/admin", b"/v1;/../admin",
@@ -76,8 +81,7 @@ REFUSED += [
     ("CONNECT", b"CONNECT api.example.com:443 HTTP/1.1\r\nHost: api.example.com\r\n\r\n"),
     ("another method", get(method=b"DELETE")),
     ("TRACE", get(method=b"TRACE")),
-    ("WebSocket without a rule", get(more=b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                                     b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n")),
+    ("WebSocket without a rule", get(more=UPGRADE)),
     ("a pseudo-header as a header", get(more=b":authority: evil.example.org\r\n")),
     ("host as a hop-by-hop header", get(more=b"Connection: close, host\r\n")),
     ("a NUL in a header", get(more=b"X: a\0b\r\n")),
@@ -100,6 +104,8 @@ JUDGED_APART = [
     ("a chunked body", post(b"Transfer-Encoding: CHUNKED\r\n", b"0\r\n\r\n" + SMUGGLED)),
     ("a carriage return in a header", get(more=b"X: a\rHost: evil.example.org\r\n") + SMUGGLED),
 ]
+# What an origin answers that does not upgrade; the request behind it would be the next one on its connection.
+NOT_UPGRADED = (200, 404, 426)
 DENIED_BELOW_ALLOWED = [b"/admin", b"/%61dmin", b"/%2561dmin", b"/adm%69n/x", b"/./admin", b"//admin", b"/x/../admin"]
 NAMES = ["evil.example.org", "api.example.com.", "www.example.com", "198.51.100.10", None]
 
@@ -213,6 +219,9 @@ def main() -> None:
         tell("refused", f"server name {server}", partial(one, get(), server))
     for name, data in JUDGED_APART:
         tell("apart", name, partial(one, data))
+    for status in NOT_UPGRADED:
+        data = get(b"/status/%d" % status, WWW, UPGRADE, SMUGGLED)
+        tell("upgrade", str(status), partial(one, data, "www.example.com"))
     for target in DENIED_BELOW_ALLOWED:
         data = get(target, WWW)
         tell("refused", f"denied {target!r}", partial(one, data, "www.example.com"))

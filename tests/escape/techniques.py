@@ -139,6 +139,17 @@ def packet_socket_spoofed() -> None:
     s.send(frame(b"\x02\xca\x0a\xe7\x50\xfe", "10.231.80.254", OPEN[0]))
 
 
+@attempt("11", fast=False)
+def packet_socket_by_its_old_name() -> None:
+    # The kernel makes a packet socket of it, whatever a filter of families thought of it.
+    s = socket.socket(socket.AF_INET, 10, socket.htons(0x0800))
+    data = frame(own_mac(), own_address(), OPEN[0])
+    target = struct.pack("=H14sH", 17, b"eth0", socket.htons(0x0800))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.sendto(s.fileno(), data, len(data), 0, target, len(target)) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+
 @attempt("36", fast=False)
 def vlan_tagged_frame() -> None:
     s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))

@@ -18,7 +18,7 @@ TECHNIQUE = Path(__file__).with_name("requests_technique.py")
 LIBRARIES = Path(h2.__file__).parents[1]
 RULES = [
     "--allow", "GET,POST https://api.example.com/v1/", "--allow", "https://www.example.com",
-    "--deny", "https://www.example.com/admin",
+    "--deny", "https://www.example.com/admin", "--allow", "wss://www.example.com/status/",
 ]  # fmt: skip
 
 
@@ -39,6 +39,7 @@ async def test_no_request_reaches_what_no_rule_allows() -> None:
         went = {(packet["dst"], packet["dport"]) for packet in await machine.world.packets()}
     refused = [r for r in results if r["kind"] == "refused"]
     answered = {code for r in refused for code in r["codes"]}
+    upgrades = {r["name"]: r["codes"] for r in results if r["kind"] == "upgrade"}
     apart = {r["name"]: r["codes"] for r in results if r["kind"] == "apart"}
 
     assert done.code == 0, done.err[-2000:]
@@ -46,9 +47,11 @@ async def test_no_request_reaches_what_no_rule_allows() -> None:
     assert [r for r in refused if not r["codes"] or set(r["codes"]) & {"200", "101", "hang"}] == []
     assert answered <= {"400", "403", "404", "421", "426", "431", "501", "closed", "reset"}
     assert all(codes[0] == "200" and "200" not in codes[1:] for codes in apart.values()), apart
+    assert upgrades == {"200": ["502"], "404": ["404"], "426": ["426"]}  # an origin's "200" is no upgrade
     assert seen == {
+        *(("GET", f"/status/{status}", "www.example.com", "www.example.com") for status in upgrades),
         ("GET", "/v1/ok", "api.example.com", "api.example.com"),
         ("POST", "/v1/ok", "api.example.com", "api.example.com"),
     }
-    assert went == {("198.51.100.53", 53), ("198.51.100.10", 443)}
+    assert went == {("198.51.100.53", 53), ("198.51.100.10", 443), ("198.51.100.11", 443)}
     assert any(flow["reason"] == "path_not_canonical" for flow in done.denied(host="www.example.com"))

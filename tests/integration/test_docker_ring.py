@@ -29,6 +29,7 @@ from clawker_cp.testing.bridge_world import (
     HOST,
     MONITOR,
     ON_HOST,
+    PROXY,
     SUBNET,
     WORLD,
     Box,
@@ -196,6 +197,27 @@ async def test_agents_reach_ours_by_exact_tuples_only(contained: Yard) -> None:
         assert monitor.connect(CP, 80) == MONITOR
     refused = await eventually(lambda: [e for e in contained.events if e.destination_port == 7443], "the record")
     assert (refused[0].reason, refused[0].sandbox_id) == ("no_route", box.address)
+
+
+async def test_proxy_beside_the_control_plane_is_reached_at_ones_own_listeners_only() -> None:
+    """With the proxy in a container of its own, agents begin at their listeners there and nowhere else; no CoreDNS."""
+    async with yard({**AS_CONTAINER, "proxy": PROXY}) as made:
+        proxy, box, sibling = await made.ours(200), await made.agent(5), await made.agent(6)
+        coredns, cp = await made.ours(201), await made.ours(202)
+        await made.ring.admit(box.address, [], [(6, 10000)])
+        await made.ring.admit(sibling.address, [], [(6, 10001)])
+        with contextlib.ExitStack() as stack:
+            for port in (53, 9902, 10000, 10001):
+                for one in (proxy, coredns, cp):
+                    stack.enter_context(tcp_server("0.0.0.0", port, one.netns))
+            own = {port: box.connect(PROXY, port) for port in (10000, 10001, 53, 9902)}
+            theirs = {port: sibling.connect(PROXY, port) for port in (10001, 10000)}
+            elsewhere = [box.connect(one.address, port) for one, port in ((cp, 10000), (coredns, 10000), (coredns, 53))]
+
+        lost = "TimeoutError"
+        assert own == {10000: box.address, 10001: lost, 53: lost, 9902: lost}
+        assert theirs == {10001: sibling.address, 10000: lost}
+        assert elsewhere == [lost] * 3
 
 
 async def test_wrong_table_of_the_bridge_hands_nothing_to_another_port(contained: Yard) -> None:

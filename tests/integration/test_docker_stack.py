@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ import pytest_asyncio
 import structlog
 
 from clawker_cp.config import Directories, Settings
+from clawker_cp.engines.docker.network import addresses, read_plan
 from clawker_cp.engines.docker.siblings import COREDNS, ENVOY, SPEC, Sibling
 from clawker_cp.engines.docker.stack import SiblingProcess
-from clawker_cp.errors import NotFound, Unavailable, Unsupported
+from clawker_cp.errors import Conflict, NotFound, Unavailable, Unsupported
 from clawker_cp.firewall.envoy.stack import EnvoyStack
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.testing.docker_machine import NETWORK, DockerMachine, docker_machine
@@ -275,6 +277,41 @@ async def test_an_image_may_be_named_by_digest(driven: Driven, machine: DockerMa
     assert record["Image"] == image["Id"] and record["Config"]["Labels"]["dev.clawker.image"] == reference
     with pytest.raises(Unsupported, match="does not have the image 127.0.0.1:5000/one@sha256:"):
         await SiblingProcess(client, network, other, admit=driven.admit).start("digest")
+
+
+async def test_a_network_without_a_subnet_of_its_own_is_said(driven: Driven) -> None:
+    """The engine gives no static address there: one line with the way out, and no container is left."""
+    client = driven.host.client
+    await client.create_network("plain", ipam=[], labels={})
+    try:
+        (found,) = await client.list_networks("plain")
+        plan = read_plan(await client.inspect_network(found["Id"]))
+        plain = addresses(plan, own=None, proxy=plan.static(200))
+        sibling = Sibling(ENVOY, ENVOY_IMAGE, plain.proxy, ("envoy",), (), {}, "0:0")
+        with pytest.raises(Conflict, match=f"clawker-envoy cannot have {plain.proxy}") as refused:
+            await SiblingProcess(client, plain, sibling, admit=driven.admit).start("")
+        with pytest.raises(NotFound):
+            await driven.record()
+    finally:
+        await client.remove_network("plain")
+
+    assert refused.value.hint and "docker network rm clawker-net" in refused.value.hint, refused.value.message
+
+
+async def test_a_server_without_the_image_ends_and_says_what_to_do(machine: DockerMachine) -> None:
+    """One line that names the image and one that says how to get it; no container, pin or table stays."""
+    environment = {**machine.machine.environment, **stack_settings(), "CLAWKER_CP_ENVOY__IMAGE": "nobody/has:this"}
+    host = machine.machine.host
+    done = await host.run([sys.executable, "-m", "clawker_cp", "serve"], env=environment, timeout_s=60)
+    tables = (await host.run(["nft", "list", "tables"])).out
+    pins = (await host.run(["ls", "/sys/fs/bpf"])).out
+    containers = await machine.docker.client.list_containers(every=True)
+
+    assert done.code == 3, done.err
+    said = done.err.splitlines()[-2:]
+    assert "the engine does not have the image nobody/has:this of clawker-envoy" in said[0]
+    assert said[1].strip() == "hint: docker pull nobody/has:this, or set stack to embedded"
+    assert "clawker" not in tables and "clawker" not in pins and containers == []
 
 
 @pytest.mark.skipif(peer("coredns") is None, reason=WHY)

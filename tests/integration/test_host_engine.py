@@ -19,7 +19,8 @@ import pytest
 
 from clawker_cp.engines.base import Limits, Mount, Publish
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
-from clawker_cp.errors import Conflict, InvalidInput, NotFound
+from clawker_cp.engines.host.process import STATUS_FILE
+from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
 from clawker_cp.testing.sandbox_world import GATEWAY, Host, end, make_engine, running_host, sh, tcp_server, until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -59,6 +60,34 @@ async def test_nothing_runs_before_run_and_everything_runs_in_the_cgroup(host: H
     until(lambda: _names(procs) == {"bwrap", "sleep"}, "bwrap and sleep in the cgroup")
     namespace = Path("/run/netns", sandbox.netns).stat().st_ino
     assert {Path(f"/proc/{pid}/ns/net").stat().st_ino for pid in procs.read_text().split()} == {namespace}
+
+
+async def test_a_start_that_is_cancelled_leaves_the_streams_open_until_the_command_has_them(host: Host) -> None:
+    """A caller closes them when its call is over: before that their numbers are given to nothing else of ours."""
+    sandbox = await host.engine.create(host.spec("echo", "mine"))
+    status = sandbox.directory / STATUS_FILE
+    os.mkfifo(status)  # whoever starts the command waits here for a reader
+    read, write = os.pipe()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        starting = group.create_task(host.engine.run(sandbox.id, (write, write, write)))
+        await asyncio.sleep(0)
+        over = []
+        for _ in range(3):
+            starting.cancel()
+            await asyncio.sleep(0)
+            over.append(starting.done())
+        reader = os.open(status, os.O_RDONLY | os.O_NONBLOCK)
+        await asyncio.wait([starting])
+    os.close(write)
+    status.unlink()
+    status.touch()
+    output = await asyncio.to_thread(os.read, read, 100)
+    os.close(reader)
+    os.close(read)
+
+    assert over == [False] * 3
+    assert starting.cancelled() and sandbox.pid
+    assert output == b"mine\n"
 
 
 def _names(procs: Path) -> set[str]:
@@ -288,6 +317,29 @@ async def test_remove_needs_force_gives_grace_and_leaves_nothing(host: Host) -> 
     until(lambda: "up" in host.output(stubborn), "the trap")
     await host.engine.remove(stubborn, force=True, grace_s=0.1)
     assert await host.engine.wait(stubborn) == 137
+
+
+async def test_what_cannot_be_taken_away_stays_listed_until_it_can(host: Host) -> None:
+    """Somebody removed the packet filter, so a pin cannot be taken back: name and address stay taken meanwhile."""
+    sandbox_id = await host.start("sh", "-c", "echo up; sleep 100", agent="one")
+    until(lambda: "up" in host.output(sandbox_id), "the command")
+    sh("nft", "delete", "table", "inet", "clawker_cwtest0")
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="nft"):
+            await host.engine.remove(sandbox_id, force=True, grace_s=0)
+    (kept,), left = host.engine.living(), host.engine.left()
+    with pytest.raises(Conflict, match="one"):
+        await host.engine.create(host.spec("true", agent="one"))
+    await host.engine.ring.install([])
+    both = [host.engine.remove(sandbox_id, force=True, grace_s=0) for _ in range(2)]
+    async with asyncio.TaskGroup() as group:
+        for one in both:
+            group.create_task(one)
+
+    assert (kept.id, left) == (sandbox_id, [sandbox_id])
+    assert await host.engine.wait(sandbox_id) == 137
+    assert host.engine.living() == [] and host.engine.left() == []
+    assert not kept.cgroup_path.exists() and not Path("/run/netns", kept.netns).exists()
 
 
 async def test_names_are_taken_once_and_addresses_are_not_reused_at_once(host: Host) -> None:

@@ -17,6 +17,7 @@ from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.engines.host.namespaces import in_netns
 from clawker_cp.engines.host.network import mac_of
 from clawker_cp.engines.host.ring import Direct
+from clawker_cp.errors import Unavailable
 from clawker_cp.testing.sandbox_world import (
     FAR,
     GATEWAY,
@@ -97,6 +98,33 @@ async def test_one_agent_cannot_take_all_connections_to_the_control_plane(host: 
         code, said = await greedy
     assert (code, said.split()) == (0, ["64", "True"])
     assert other[0].startswith("10.231.")
+
+
+async def test_pins_that_go_together_go_whole_or_each_caller_hears(host: Host) -> None:
+    """Others keep theirs; where the table is missing every caller fails, and what failed is nobody else's later."""
+    ring, sandboxes = host.engine.ring, [await host.engine.create(host.spec("true")) for _ in range(4)]
+    for one in sandboxes:
+        await ring.admit(one.address, [], [(6, 10000)])
+
+    async def unpin(*which: Sandbox) -> list[BaseException | None]:
+        going = [asyncio.ensure_future(ring.unpin(one.interface, one.address)) for one in which]
+        await asyncio.wait(going)
+        return [one.exception() for one in going]
+
+    told = await unpin(*sandboxes[:3], sandboxes[0])
+    left = sh("nft", "list", "table", "bridge", "clawker_cwtest0") + sh(
+        "nft", "list", "table", "inet", "clawker_cwtest0"
+    )
+    sh("nft", "delete", "table", "inet", "clawker_cwtest0")
+    failed = await unpin(*sandboxes[2:])
+    await ring.install([(sandboxes[3].interface, sandboxes[3].address)])
+    await unpin(sandboxes[0])
+    still = sh("nft", "list", "table", "bridge", "clawker_cwtest0")
+
+    assert told == [None] * 4
+    assert [one.address in left for one in sandboxes] == [False, False, False, True]
+    assert all(isinstance(one, Unavailable) for one in failed)
+    assert sandboxes[3].interface in still
 
 
 async def test_world_is_closed_until_admitted_and_then_sees_the_host(host: Host) -> None:

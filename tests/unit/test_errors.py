@@ -4,13 +4,15 @@ Error categories.
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 from typing import Any
 
 import pytest
 
 from clawker_cp import errors
-from clawker_cp.errors import CapacityExceeded, ClawkerError, DeadlineExceeded, InvalidInput, Unsupported
+from clawker_cp.errors import CapacityExceeded, ClawkerError, DeadlineExceeded, InvalidInput, Unsupported, unexpected
 
 CLASSES = [c for _name, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, ClawkerError)]
 NEEDED: dict[Any, dict[str, Any]] = {
@@ -38,3 +40,21 @@ def test_also_standard_errors() -> None:
     """Callers that know only the standard library catch what they expect."""
     assert issubclass(InvalidInput, ValueError)
     assert issubclass(DeadlineExceeded, TimeoutError)
+
+
+@pytest.mark.parametrize(
+    ("number", "category", "said", "hint"),
+    [
+        (errno.ENOSPC, "UNAVAILABLE", "/f: No space left on device", "disk full"),
+        (errno.EISDIR, "UNAVAILABLE", "/f: Is a directory", None),
+        (errno.EMFILE, "CAPACITY", "no file descriptor left", "LimitNOFILE"),
+    ],
+)
+def test_what_nobody_expected_is_told_with_its_own_next_step(
+    number: int, category: str, said: str, hint: str | None
+) -> None:
+    """A full disk, a wrong kind of file and a limit on open files are not mistaken for each other."""
+    told = unexpected(OSError(number, os.strerror(number), "/f"))
+
+    assert (told.code, told.hint is None) == (category, hint is None)
+    assert said in str(told) and (hint or "") in (told.hint or "")

@@ -9,7 +9,6 @@ something may have changed, never what is true (I9). Engine, policy, kernel and 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -23,13 +22,13 @@ from clawker_cp.agents.directory import Named, full_name
 from clawker_cp.agents.quarantines import EXPOSURE, Quarantines
 from clawker_cp.agents.roster import EnrolledAgent, Roster
 from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
+from clawker_cp.runtime.agent_names import is_name
 
 log = structlog.get_logger()
 
 NO_RULES = "rules: []\n"
 DEATH_LIMIT_S = 10.0
 AT_ONCE = 16  # containers that a reconcile works on at the same time
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 
 
 class ContainerLike(Named, Protocol):
@@ -308,9 +307,12 @@ class ContainerLives(Generic[C]):
             log.warning("quarantined", id=container_id[:12], agent=agent.key, cause=EXPOSURE)
 
     def _check(self, container: C) -> None:
-        names = [name for name in (container.project, container.agent) if name]
-        if not container.agent or not all(_NAME.fullmatch(name) for name in names):
-            raise Unavailable(f"labels of container {container.id[:12]}: project and agent are no usable names")
+        for label, value, needed in (("agent", container.agent, True), ("project", container.project, False)):
+            if (value or needed) and not is_name(value):
+                raise Unavailable(
+                    f"label dev.clawker.{label} of container {container.id[:12]}: {value[:80]!r} is not a name",
+                    hint="make the container again with letters, digits, '_', '.', '-', at most 255",
+                )
         if not container.address:
             raise Unavailable(
                 f"container {container.id[:12]} has no address on the agents' network",

@@ -157,4 +157,8 @@ class Database:
         connection.execute("COMMIT")
 
     def _unusable(self, error: Exception) -> Unavailable:
-        return Unavailable(f"{self.path}: {error}", code="REGISTRY_UNAVAILABLE", hint="is the disk full or read-only?")
+        # SQLite's own class for a file that it cannot make sense of; what the disk does has others.
+        spoilt = type(error) is sqlite3.DatabaseError
+        hint = "restore it, or move it away: agents register again then" if spoilt else "is the disk full or read-only?"
+        said = error.strerror if isinstance(error, OSError) else error
+        return Unavailable(f"{self.path}: {said}", code="REGISTRY_UNAVAILABLE", hint=hint)

@@ -42,6 +42,7 @@ class SandboxEngine(Protocol):
     async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None: ...
     async def wait(self, sandbox_id: str) -> int: ...
     async def signal(self, sandbox_id: str, signo: int) -> None: ...
+    async def stop(self, sandbox_id: str, *, grace_s: float) -> None: ...
     async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None: ...
 
 
@@ -79,8 +80,9 @@ class SandboxLives:
     """
     Starts, follows and ends sandboxes.
 
-    `prepared` leaves either a whole, enrolled sandbox or nothing, also when cancelled. `settle` is
-    awaited between a sandbox's death and its withdrawal, while its records still find it.
+    `prepared` leaves either a whole, enrolled sandbox or nothing, also when cancelled. `settle` is awaited between a
+    sandbox's death and its withdrawal, while its records still find it and it is taken apart. What cannot be taken
+    away stays a life, with its row and its rules, until `retry` or whoever else ends it succeeds.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class SandboxLives:
         self._require: Callable[[], None] = lambda: None
         self._lives: dict[str, EnrolledAgent] = {}
         self._ending: dict[str, asyncio.Event] = {}
+        self._left: set[str] = set()  # lives whose end was begun and did not succeed
 
     def __len__(self) -> int:
         return len(self._lives)
@@ -136,26 +139,29 @@ class SandboxLives:
         """
         await self._engine.run(sandbox_id, streams)
 
-    async def adopt(
+    def adoptee(
         self, sandbox: SandboxLike, request: LifeRequest, *, bypass_until_ns: int = 0, quarantined: bool = False
     ) -> EnrolledAgent:
         """
-        Take over a sandbox that ran on without us; its rules are in force already. Deadline and quarantine stay.
-
-        If the kernel refuses the row, what it had stays as it is, and the failure is raised.
+        The agent that a sandbox which ran on without us is; its rules are in force already. Deadline and quarantine
+        stay.
         """
         agent = _agent_of(sandbox, request)
-        agent = replace(
+        return replace(
             agent,
             policy=self._policy.policy_of(agent.key),
             bypass_until_ns=bypass_until_ns,
             quarantined=quarantined,
         )
+
+    async def adopt(self, agent: EnrolledAgent, sandbox: SandboxLike) -> None:
+        """
+        Take over an `adoptee`. If the kernel refuses the row, what it had stays as it is, and the failure is raised.
+        """
         self._lives[agent.id] = agent
         self._roster.put(agent)
         await self._enforcement.enroll(agent, sandbox)
         log.info("agents_adopted", id=agent.id, agent=agent.key, policy=agent.policy)
-        return agent
 
     def knows(self, sandbox_id: str) -> bool:
         """
@@ -186,6 +192,15 @@ class SandboxLives:
         if agent is not None:
             await self._end(agent, grace_s=grace_s)
 
+    async def retry(self) -> list[str]:
+        """
+        End again what could not be ended; the ids of those that have ended now.
+        """
+        left = [agent for agent in self._lives.values() if agent.id in self._left]
+        for agent in left:
+            await self._end(agent)
+        return [agent.id for agent in left if agent.id not in self._lives]
+
     async def _end(self, agent: EnrolledAgent, *, grace_s: float = 0.0) -> None:
         if agent.id in self._ending:
             await self._ending[agent.id].wait()
@@ -194,18 +209,23 @@ class SandboxLives:
         done = self._ending[agent.id] = asyncio.Event()
         try:
             # Death first: as long as something of it may live, its row and its rules stay (I4).
-            dead = await self._contained(
-                agent, "remove", partial(self._engine.remove, agent.id, force=True, grace_s=grace_s), grace_s
-            )
-            if dead:
-                await self._contained(agent, "settle", partial(self._settle, agent.id))
+            stop = partial(self._engine.stop, agent.id, grace_s=grace_s)
+            if await self._contained(agent, "stop", stop, grace_s) and await self._settled_and_removed(agent):
                 await self._contained(agent, "withdraw", partial(self._withdraw, agent))
                 await self._contained(agent, "rules", partial(self._policy.drop_ephemeral, agent.key))
                 log.info("withdrawn", id=agent.id, agent=agent.key)
+                self._lives.pop(agent.id, None)
         finally:
-            self._lives.pop(agent.id, None)
+            (self._left.add if agent.id in self._lives else self._left.discard)(agent.id)
             del self._ending[agent.id]
             done.set()
+
+    async def _settled_and_removed(self, agent: EnrolledAgent) -> bool:
+        """Let a dead sandbox's last records come while it is taken apart; whether it was."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._contained(agent, "settle", partial(self._settle, agent.id)), name="settle")
+            remove = partial(self._engine.remove, agent.id, force=True, grace_s=0)
+            return await self._contained(agent, "remove", remove)
 
     async def _contained(
         self, agent: EnrolledAgent, step: str, act: Callable[[], Awaitable[None]], more_s: float = 0.0

@@ -17,10 +17,10 @@ import structlog
 from clawker_cp.agents.identity import CONTAINER_URI, Caller, Identity, Rejected, read_uri, same
 from clawker_cp.agents.registry import MalformedRow, RegisteredAgent, Registry
 from clawker_cp.errors import ClawkerError, Denied, InvalidInput
+from clawker_cp.runtime.agent_names import is_name
 
 log = structlog.get_logger()
 
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 _CONTAINER_ID = re.compile(r"[0-9a-f]+")
 
 
@@ -53,7 +53,7 @@ class Registration:
         Raises `InvalidInput` for a name that is none, `Denied` for any contradiction, `Failed` when our own side
         cannot tell or store.
         """
-        if not _NAME.fullmatch(agent):
+        if not is_name(agent):
             raise InvalidInput("register: invalid agent name")
         if identity is None:
             raise Failed("register: identity not resolved")

@@ -96,6 +96,14 @@ class SandboxRows:
                 spec["extra"] = {**spec.get("extra", {}), "auto_remove": True}
                 self.put(replace(row, spec=orjson.dumps(spec).decode()))
 
+    def forget_ended(self, ids: Collection[str]) -> None:
+        """
+        Forget those of these, which have ended, that were being removed or go with their end.
+        """
+        for row in self.all():
+            if row.id in ids and _goes_at_end(row):
+                self.remove(row.id)
+
     def settle(self, living: Collection[str], at_unix: int) -> None:
         """
         Bring the rows to what became of sandboxes while no server ran: those that do not live have ended.
@@ -105,7 +113,7 @@ class SandboxRows:
         for row in self.all():
             if row.id in living:
                 continue
-            if row.state is SandboxState.CREATED or orjson.loads(row.spec).get("extra", {}).get("auto_remove"):
+            if row.state is SandboxState.CREATED or _goes_at_end(row):
                 self.remove(row.id)
             elif row.state is not SandboxState.EXITED:
                 self.finished(row.id, at_unix, UNKNOWN_END)
@@ -126,3 +134,7 @@ class SandboxRows:
 def _row(values: tuple[Any, ...]) -> SandboxRow:
     row = SandboxRow(*values)
     return replace(row, state=SandboxState(row.state))
+
+
+def _goes_at_end(row: SandboxRow) -> bool:
+    return bool(orjson.loads(row.spec).get("extra", {}).get("auto_remove"))

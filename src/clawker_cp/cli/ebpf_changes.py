@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import IO, Any
 
 import click
 import orjson
 
-from clawker_cp.ebpf import breakglass
+from clawker_cp.ebpf import Manager, breakglass
 from clawker_cp.ebpf.pins import Pins
-from clawker_cp.errors import InvalidInput
+from clawker_cp.engines.host.tables import remove_rings
+from clawker_cp.errors import Conflict, InvalidInput
+from clawker_cp.runtime.runner import run_main
+from clawker_cp.wiring.host_files import server_runs
 
 BEHIND = "(written behind the control plane)"
 _JSON = click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -92,3 +96,25 @@ def gc_dns(pins: Pins, /, *, as_json: bool) -> None:
     """
     removed = breakglass.collect_names(pins)
     say(f"{removed} rows removed {BEHIND}", as_json=as_json, removed=removed)
+
+
+@click.command("flush")
+@click.option("--host-pid", type=int, default=0, help="A process of the host's network (default: this one).")
+@_JSON
+@click.pass_obj
+def flush(pins: Pins, /, *, host_pid: int, as_json: bool) -> None:
+    """
+    Take away what a control plane that died left in the kernel: links, maps, their pins, and the packet filters
+    around the agents' bridge. Refused while an agent has processes or a control plane runs on this host; one that
+    is a container is ended with `clawkerctl down`, which does this too.
+    """
+    if server_runs():
+        raise Conflict(
+            "a control plane runs on this host, and enforces with what this would take away",
+            hint="end it: with no agent left it takes all of this away itself",
+        )
+    pinned = pins.directory.exists()
+    Manager(pins.directory).flush()
+    tables = run_main(remove_rings(host_pid or os.getpid()))
+    left = [str(pins.directory)] * pinned + [f"table {name}" for name in tables]
+    say(f"removed: {', '.join(left) or 'nothing, there was nothing'}", as_json=as_json, removed=left)

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import click
@@ -20,7 +18,7 @@ from clawker_cp.ebpf.verifier import problems, verify
 from clawker_cp.engines.host.cgroups import find_cgroup2
 from clawker_cp.errors import Conflict
 from clawker_cp.telemetry.enrich import REASONS
-from clawker_cp.wiring.host_files import PID_FILE, RUN_DIRECTORY
+from clawker_cp.wiring.host_files import server_runs
 
 POLL_S = 0.01
 BATCH = 256
@@ -88,7 +86,7 @@ def events(pins: Pins, /, *, seconds: float, as_json: bool) -> None:
     """
     Show decisions as the kernel records them. Only while no control plane runs: a record is read once.
     """
-    if _control_plane_runs():
+    if server_runs():
         raise Conflict(
             "a control plane runs and reads the records; a second reader would take them from it",
             hint="`clawkerctl flows --follow` shows them",
@@ -147,15 +145,3 @@ def _show_record(record: accel.KernelEvent, *, as_json: bool) -> None:
         "pid": record.pid,
     }
     click.echo(orjson.dumps(fields) if as_json else "  ".join(f"{key}={value}" for key, value in fields.items()))
-
-
-def _control_plane_runs(directory: Path = RUN_DIRECTORY) -> bool:
-    """Whether a server holds the pid file of this host."""
-    try:
-        with (directory / PID_FILE).open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

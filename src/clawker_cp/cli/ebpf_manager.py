@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from clawker_cp.cli.ebpf_changes import disable, dns_update, enable, gc_dns, sync_routes
+from clawker_cp.cli.ebpf_changes import disable, dns_update, enable, flush, gc_dns, sync_routes
 from clawker_cp.cli.ebpf_looks import dump_errors, dump_flows, dump_metrics, events, resolve, show, verify_programs
 from clawker_cp.cli.groups import ErrorsAsLines
 from clawker_cp.ebpf.pins import Pins
@@ -104,7 +104,7 @@ def unbypass(pins: Pins, /, *, cgroup_id: int) -> None:
 
 for _verb in (
     dump_metrics, dump_flows, dump_errors, resolve, events, verify_programs, enable, disable, sync_routes, dns_update,
-    gc_dns,
+    gc_dns, flush,
 ):  # fmt: skip
     cli.add_command(_verb)
 

@@ -20,6 +20,18 @@ NOT_SUPPORTED = 3
 OWN_FAILURE = 125  # ruling R40
 
 
+_NO_TEXT, _COMMAND = f"{__name__}.no_text", f"{__name__}.command"
+
+
+def _is_text(word: str) -> bool:
+    """Whether an argument can be sent: bytes that are not UTF-8 come as lone surrogates."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class LazyGroup(click.Group):
     """
     A group whose commands are imported when they are called: a short one need not wait for all that the others use.
@@ -31,6 +43,18 @@ class LazyGroup(click.Group):
     def __init__(self, *args: Any, lazy: Mapping[str, str] = MappingProxyType({}), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lazy = lazy
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_NO_TEXT] = next((word for word in args if not _is_text(word)), None)
+        ctx.meta[_COMMAND] = next((word for word in args if not word.startswith("-")), None)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        word = ctx.meta.get(_NO_TEXT)
+        if word is not None:
+            ctx.invoked_subcommand = ctx.meta[_COMMAND]
+            raise InvalidInput(f"{word[:80]!a} is not UTF-8 text")
+        return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *self._lazy})

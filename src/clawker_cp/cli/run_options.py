@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clawker_cp.errors import InvalidInput
+from clawker_cp.runtime.agent_names import is_name
 
-_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
 _NOT_NAME = re.compile(r"[^a-zA-Z0-9_.-]+")
-_ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PASSED_VARIABLES = ("TERM", "COLORTERM", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "NO_COLOR")
 DEFAULT_UID = 1001
 MAX_PORT = 65535
+MAX_ID = 2**32 - 2  # the last number means nobody to the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def parse_user(text: str | None, environ: Mapping[str, str], workdir: Path, *, a
         return _default_user(environ, workdir)
     name, _, group = text.partition(":")
     if name.isdecimal():
-        uid, gid = int(name), int(name)
+        uid = gid = _id(name)
     else:
         try:
             entry = pwd.getpwnam(name)
@@ -51,10 +52,16 @@ def parse_user(text: str | None, environ: Mapping[str, str], workdir: Path, *, a
     if group:
         if not group.isdecimal():
             raise InvalidInput(f"--user: group {group!r} is not a number", hint="write UID:GID")
-        gid = int(group)
+        gid = _id(group)
     if uid == 0 and not allow_root:
         raise InvalidInput("--user: the command would run as root", hint="add --allow-root if that is meant")
     return User(uid, gid)
+
+
+def _id(text: str) -> int:
+    if len(text) > len(str(MAX_ID)) or int(text) > MAX_ID:
+        raise InvalidInput(f"--user: {text[:80]} is no user or group: they end at {MAX_ID}")
+    return int(text)
 
 
 def _default_user(environ: Mapping[str, str], workdir: Path) -> User:
@@ -77,10 +84,13 @@ def parse_mount(text: str) -> dict[str, str | bool]:
         parts.pop()
     if len(parts) not in {1, 2} or not all(parts):
         raise InvalidInput(f"--mount {text!r} is not SRC[:DST][:rw]", hint="for example --mount ~/.cache:/cache:rw")
-    source = Path(parts[0]).expanduser()
-    if not source.exists():
-        raise InvalidInput(f"--mount {text!r}: {source} does not exist on this host")
-    source = source.resolve()
+    try:
+        source = Path(parts[0]).expanduser().resolve(strict=True)
+    except FileNotFoundError as error:
+        raise InvalidInput(f"--mount {text!r}: {parts[0]} does not exist on this host") from error
+    except (OSError, RuntimeError, ValueError) as error:  # no such user's home; no path at all
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInput(f"--mount {text[:80]!r}: {why}") from error
     target = parts[1] if len(parts) == 2 else str(source)
     if not target.startswith("/"):
         raise InvalidInput(f"--mount {text!r}: {target!r} has to be an absolute path inside the sandbox")
@@ -93,7 +103,7 @@ def parse_publish(text: str) -> dict[str, int]:
     """
     host, _, port = text.rpartition(":")
     numbers = [host or "0", port]
-    if not all(n.isdecimal() and int(n) <= MAX_PORT for n in numbers) or int(port) == 0:
+    if not all(n.isdecimal() and len(n) <= 5 and int(n) <= MAX_PORT for n in numbers) or int(port) == 0:
         raise InvalidInput(f"--publish {text!r} is not [HOST_PORT:]PORT with ports 1 to {MAX_PORT}")
     return {"host_port": int(numbers[0]), "port": int(port)}
 
@@ -105,7 +115,7 @@ def parse_env(items: Iterable[str], environ: Mapping[str, str]) -> dict[str, str
     result = {name: environ[name] for name in PASSED_VARIABLES if name in environ}
     for item in items:
         name, separator, value = item.partition("=")
-        if not _ENV_NAME.match(name):
+        if not _ENV_NAME.fullmatch(name):
             raise InvalidInput(f"--env {name!r} is not a variable name", hint="write --env NAME=VALUE or --env NAME")
         if separator:
             result[name] = value
@@ -125,9 +135,10 @@ def sandbox_names(project: str | None, agent: str | None, workdir: Path) -> tupl
     if agent is None:
         agent = f"run-{secrets.token_hex(2)}"
     for option, value, may_be_empty in (("--project", project, True), ("--agent", agent, False)):
-        if not (value == "" and may_be_empty) and not _NAME.match(value):
+        if not (value == "" and may_be_empty) and not is_name(value):
             raise InvalidInput(
-                f"{option}: {value!r} is not a name", hint="letters, digits, '_', '.', '-'; the first a letter or digit"
+                f"{option}: {value[:80]!r} is not a name",
+                hint="letters, digits, '_', '.', '-', at most 255; the first a letter or digit",
             )
     return project, agent
 
@@ -136,7 +147,10 @@ def resolve_workdir(text: str | None) -> Path:
     """
     The directory that is mounted writable and in which the command starts.
     """
-    path = Path(text).expanduser() if text else Path.cwd()
+    try:
+        path = Path(text).expanduser() if text else Path.cwd()
+    except RuntimeError as error:  # no such user
+        raise InvalidInput(f"--workdir: {text}: {error}") from error
     if not path.is_dir():
         raise InvalidInput(f"--workdir: {path} is not a directory")
     return path.resolve()

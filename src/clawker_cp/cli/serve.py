@@ -16,8 +16,9 @@ import orjson
 
 from clawker_cp.app import ControlPlane
 from clawker_cp.cli.check import check
-from clawker_cp.errors import ClawkerError, Unavailable
+from clawker_cp.errors import ClawkerError, unexpected
 from clawker_cp.pki.tree import CA, SERVER, SIGNING_JWK
+from clawker_cp.processes.descriptors import raise_limit
 from clawker_cp.processes.first import leave_first_process
 from clawker_cp.runtime.runner import run_until_signal
 from clawker_cp.telemetry.log import configure
@@ -59,6 +60,7 @@ def serve(
     Run the control plane of this host until a signal ends it.
     """
     leave_first_process()
+    open_files = raise_limit()
     notify = _Notifier(ready_fd)
     try:
         settings, directories = load_configuration(config_dir=config_dir, data_dir=data_dir)
@@ -71,7 +73,9 @@ def serve(
 
             async def run(stop: asyncio.Event) -> int:
                 where = look()
-                async with chosen_engine(settings, directories, where, only_host=ephemeral) as engine:
+                async with chosen_engine(
+                    settings, directories, where, only_host=ephemeral, open_files=open_files
+                ) as engine:
                     control_plane = ControlPlane(
                         settings,
                         directories,
@@ -92,14 +96,14 @@ def serve(
         context.exit(1)  # a second signal: nothing was taken apart, enforcement stays as it is
     except BaseExceptionGroup as group:
         error = _leaf(group)
-        error = _told(error) if isinstance(error, OSError) and not isinstance(error, ClawkerError) else error
+        error = unexpected(error) if isinstance(error, OSError) and not isinstance(error, ClawkerError) else error
         notify.failed(error)
         raise error from group
     except ClawkerError as error:
         notify.failed(error)
         raise
     except OSError as error:
-        told = _told(error)
+        told = unexpected(error)
         notify.failed(told)
         raise told from error
     context.exit(code)
@@ -134,12 +138,6 @@ class _Notifier:
             return
         finally:
             os.close(fd)
-
-
-def _told(error: OSError) -> ClawkerError:
-    """What nobody below expected of a file or a socket, as one line."""
-    where = f"{error.filename}: " if error.filename else ""
-    return Unavailable(f"{where}{error.strerror or error}", hint="is the disk full or read-only?")
 
 
 def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -7,7 +7,6 @@ I/O: allocations come in as a snapshot and go out as the next one, to be kept by
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +49,6 @@ class PolicyPart:
     effective: tuple[Rule, ...]
     live: Materialised
     warnings: tuple[str, ...]
-    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +131,6 @@ class _Compiler:
             (row.policy, row.l4, row.prefix): row for part in parts for row in part.cidrs
         }
         rule_ids = self._allocator.rule_ids()
-        shared = repr((sorted(agents.items()), rule_ids)).encode()
         plan = Plan(
             policies={part.policy.id: part.policy for part in parts},
             agents=agents,
@@ -142,7 +139,6 @@ class _Compiler:
             proxy_ports=frozenset[ProxyPort]().union(*(part.proxy_ports for part in parts)),
             rule_ids=rule_ids,
             warnings=tuple(self.warnings),
-            digest=_digest([*(part.digest for part in parts), shared]),
         )
         return Compiled(
             plan=plan,
@@ -185,7 +181,6 @@ class _Compiler:
         listing = most_specific_first(facts)
         policy = _policy_of(number, key, learn, names, addresses, listing)
         routes, cidrs = frozenset(names.routes), tuple(addresses.cidrs)
-        shown = (policy, sorted(routes, key=_row_order), sorted(cidrs, key=lambda r: (r.l4, str(r.prefix))))
         self.parts[key] = PolicyPart(
             facts=facts,
             materialised=materialised,
@@ -198,7 +193,6 @@ class _Compiler:
             effective=tuple(one.rule for one in listing),
             live=names.live,
             warnings=self._warnings(addresses),
-            digest=_digest([repr(shown).encode()]).encode(),
         )
 
     def _warnings(self, addresses: AddressPart) -> tuple[str, ...]:
@@ -319,14 +313,3 @@ def _proxy_ports(policy: Policy, *, with_quic: bool) -> frozenset[ProxyPort]:
     ports |= {ProxyPort(policy.id, target.l4, target.listen) for target in policy.opaque}
     ports |= {ProxyPort(policy.id, TCP, origin.listen) for origin in policy.origins if origin.listen}
     return frozenset(ports)
-
-
-def _row_order(row: RouteRow) -> tuple[int, int, int]:
-    return (row.identity, row.port, row.l4)
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from clawker_cp.errors import InvalidInput
+from clawker_cp.errors import READERS_RAISE, InvalidInput
 from clawker_cp.firewall.rules import GLOBAL, PathRule, Problem, Rule, RuleInvalid
 from clawker_cp.firewall.validate import validate
 
@@ -44,6 +44,7 @@ PATH_FIELDS = ("path", "action", "methods")
 
 # Scalars that YAML reads as the same text unquoted; anything else is quoted.
 _PLAIN = re.compile(r"\.?[a-z][a-z0-9-]*(?:\.[a-z0-9_-]+)+|allow|deny|inspect|passthrough|auto|https?|wss?|tcp|ssh|udp")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 
 
@@ -61,7 +62,7 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML into plain values; raises `InvalidInput` with line and column."""
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, *READERS_RAISE) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__
@@ -100,7 +101,10 @@ class _Fields:
         if number and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, str):
-            return value
+            if not _SURROGATE.search(value):
+                return value
+            self.problems.append((self._prefix + key, "holds half a character (\\ud800 to \\udfff)"))
+            return ""
         self._wrong(key, "text" + (" or a number" if number else ""), value)
         return ""
 
@@ -142,8 +146,13 @@ class _Fields:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "a mapping", list: "a list", str: f'"{value}"', bool: str(value).lower(), int: str(value)}
-    return next((name for kind, name in names.items() if type(value) is kind), type(value).__name__)
+    # Only of what is short to say: aliases make a list of a few lines that takes gigabytes to write out.
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int):
+        return f'"{value}"' if isinstance(value, str) else str(value)
+    kinds: dict[type[Any], str] = {dict: "a mapping", list: "a list"}
+    return kinds.get(type(value), type(value).__name__)
 
 
 def read_item(item: Any, *, strict: bool, scope: str = GLOBAL) -> Reading:
@@ -223,7 +232,8 @@ def read_rules(text: str, *, scope: str = GLOBAL) -> tuple[Rule, ...]:
 def read_rules_file(path: Path, *, scope: str = GLOBAL) -> tuple[Rule, ...]:
     """Read a user's rules file; raises `InvalidInput` naming the file."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_DOCUMENT_BYTES + 1)  # a device may have no end
         if len(data) > MAX_DOCUMENT_BYTES:
             raise InvalidInput(f"the rules file {path} is larger than {MAX_DOCUMENT_BYTES} bytes")
         text = data.decode()

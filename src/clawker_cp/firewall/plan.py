@@ -281,4 +281,3 @@ class Plan:
     proxy_ports: frozenset[ProxyPort]
     rule_ids: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-    digest: str = field(default="", compare=False)

@@ -287,19 +287,21 @@ class Reconciler:
         return policy
 
     async def drop_ephemeral(self, key: str) -> None:
-        """Forget an agent and its rules; fine if it is not known."""
+        """Forget an agent and its rules; fine if it is not known. Consecutive calls share one execution."""
+        await self._queue.submit(self._drop, key, batch="drop")
 
-        async def work(_: Sequence[Any]) -> Sequence[None]:
-            wanted = replace(
-                self._plane.wanted,
-                ephemeral=merge.remove_scope(self._plane.wanted.ephemeral, key).rules,
-                agents=self._plane.wanted.agents - {key},
-                learn=self._plane.wanted.learn - {key},
-            )
-            await self._apply(wanted)
-            return [None]
-
-        await self._queue.submit(work)
+    async def _drop(self, keys: Sequence[str]) -> Sequence[None]:
+        ephemeral = self._plane.wanted.ephemeral
+        for key in keys:
+            ephemeral = merge.remove_scope(ephemeral, key).rules
+        wanted = replace(
+            self._plane.wanted,
+            ephemeral=ephemeral,
+            agents=self._plane.wanted.agents.difference(keys),
+            learn=self._plane.wanted.learn.difference(keys),
+        )
+        await self._apply(wanted)
+        return [None] * len(keys)
 
     async def materialise(self, policy: int, name: str, /) -> None:
         """

@@ -20,7 +20,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from clawker_cp.errors import InvalidInput
+from clawker_cp.errors import READERS_RAISE, InvalidInput
 from clawker_cp.firewall.documents import Reading, emit_item, emit_rules, read_item, rule_items, to_mapping
 from clawker_cp.firewall.rules import GLOBAL, Rule, normalise
 
@@ -49,7 +49,7 @@ def _round_trip() -> YAML:
 def _load(text: str) -> Any:
     try:
         return _round_trip().load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, *READERS_RAISE) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__
@@ -228,7 +228,7 @@ def _changed(chunk: Chunk, rule: Rule) -> Chunk:
         yaml.dump(document, stream)
         text = stream.getvalue().removeprefix("rules:\n")
         reading = read_item(item, strict=False)
-    except (YAMLError, ValueError, KeyError, TypeError):
+    except (YAMLError, *READERS_RAISE):
         fresh = _new(rule, indent)
         text, reading = fresh.text, fresh.reading
     return Chunk(text + trailing, reading, rule)

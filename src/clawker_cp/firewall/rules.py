@@ -16,6 +16,7 @@ from functools import lru_cache
 from clawker_cp.errors import InvalidInput
 from clawker_cp.firewall.destinations import stored_destination
 from clawker_cp.firewall.ports import HTTP_FAMILY, WRITTEN_DEFAULT
+from clawker_cp.runtime.agent_names import NAME
 
 GLOBAL = "global"
 
@@ -30,8 +31,7 @@ PROTO_ANY = "any"
 # Every change normalises all stored rules (at most as many as this) again.
 _REMEMBERED = 20_000
 
-_PART = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
-_SCOPE = re.compile(rf"global|project:{_PART}|agent:(?:{_PART})?/{_PART}")
+_SCOPE = re.compile(rf"global|project:{NAME}|agent:(?:{NAME})?/{NAME}")
 
 
 @dataclass(frozen=True, slots=True)

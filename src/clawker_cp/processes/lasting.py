@@ -235,7 +235,9 @@ def _end(pid: int) -> None:
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         # What follows binds the same ports: the old one has to be gone, which takes milliseconds.
-        select.select([pidfd], [], [], STOP_LIMIT_S)
+        ended = select.poll()  # select() refuses descriptors above 1023
+        ended.register(pidfd, select.POLLIN)
+        ended.poll(STOP_LIMIT_S * 1000)
     except ProcessLookupError:
         return
     finally:

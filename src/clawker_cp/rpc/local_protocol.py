@@ -66,7 +66,11 @@ class LocalChannel:
 
     async def send(self, message: dict[str, Any]) -> None:
         try:
-            self._writer.write(orjson.dumps(message) + b"\n")
+            line = orjson.dumps(message)
+        except TypeError as error:  # a directory or a variable of the environment, for the arguments are looked at
+            raise InvalidInput(f"what is asked for cannot be sent: {error}") from error
+        try:
+            self._writer.write(line + b"\n")
             await self._writer.drain()
         except (ConnectionError, RuntimeError) as error:  # uvloop: writing to a closed transport is the latter
             raise Unavailable("the other side of the local socket went away") from error

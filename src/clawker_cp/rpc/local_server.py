@@ -9,6 +9,7 @@ passed in by the application.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,6 +27,9 @@ log = structlog.get_logger()
 HANDSHAKE_LIMIT_S = 5.0
 CLIENTS_LIMIT = 256
 ORPHAN_GRACE_S = 5.0
+ACCEPT_PAUSE_S = 0.2
+# What accept(2) says of this moment, not of the listener; a client that stays in the queue is served later.
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED})
 
 
 class Lives(Protocol):
@@ -106,10 +110,9 @@ class LocalServer:
         listener = self._listener
         if listener is None:
             raise Conflict("the local socket is not open")
-        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
             while True:
-                sock, _address = await loop.sock_accept(listener)
+                sock = await _accepted(listener)
                 if self._clients >= CLIENTS_LIMIT or not _may_connect(sock):
                     sock.close()
                     continue
@@ -224,6 +227,23 @@ class LocalServer:
         if self._attached.get(sandbox_id, 0) <= 1:
             log.warning("rpc_local_client_gone", id=sandbox_id)
             await self._lives.stop(sandbox_id, grace_s=ORPHAN_GRACE_S)
+
+
+async def _accepted(listener: socket.socket) -> socket.socket:
+    """The next client; while there is no descriptor for one, it waits in the queue and nobody else is hurt."""
+    told = False
+    while True:
+        try:
+            sock, _address = await asyncio.get_running_loop().sock_accept(listener)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            if not told:
+                told = True
+                log.warning("rpc_local_waits", cause=error.strerror)
+            await asyncio.sleep(ACCEPT_PAUSE_S)
+        else:
+            return sock
 
 
 def _may_connect(sock: socket.socket) -> bool:

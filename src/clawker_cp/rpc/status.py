@@ -21,6 +21,7 @@ from clawker_cp.errors import (
     Unauthenticated,
     Unavailable,
     Unsupported,
+    descriptors_spent,
 )
 from clawker_cp.rpc.transport import grpc
 
@@ -99,11 +100,12 @@ class Status:
 def status_of(error: BaseException) -> Status | None:
     """
     The status of one of our errors, or of a group of nothing but them; None for anything else, which is a bug.
+    Having no file descriptor left is nobody's bug.
 
     A known reason decides the code, else the category does; the message says what to do next. A group's
     first reason decides, all of them are told.
     """
-    errors = list(leaves(error))
+    errors = [descriptors_spent(one) or one for one in leaves(error)]
     ours = [one for one in errors if isinstance(one, ClawkerError)]
     if not ours or len(ours) != len(errors):
         return None

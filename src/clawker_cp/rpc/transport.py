@@ -13,8 +13,10 @@ import sys
 
 SUITES_VARIABLE = "GRPC_SSL_CIPHER_SUITES"
 SUITES = "ECDHE-RSA-AES256-GCM-SHA384"
-# Our children are started with fork and exec at once: grpc's handlers would only fill the log.
-VARIABLES = {SUITES_VARIABLE: SUITES, "GRPC_ENABLE_FORK_SUPPORT": "0"}
+VERBOSITY_VARIABLE = "GRPC_VERBOSITY"
+# Our children are started with fork and exec at once: grpc's handlers would only fill the log. So would a line on
+# stderr for each handshake that fails, which every agent can have thousands of; nothing bounds what grpc writes.
+VARIABLES = {SUITES_VARIABLE: SUITES, "GRPC_ENABLE_FORK_SUPPORT": "0", VERBOSITY_VARIABLE: "ERROR"}
 
 
 def _load() -> bool:

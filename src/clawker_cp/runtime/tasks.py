@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -19,6 +19,7 @@ from clawker_cp.runtime.health import Health, HealthRegistry
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
 Factory = Callable[[], Awaitable[None]]
 
 
@@ -116,6 +117,26 @@ async def wait_ended(task: asyncio.Task[Any]) -> None:
         await asyncio.wait([task])
     finally:
         task.cancel()
+
+
+async def in_thread_to_the_end(call: Callable[[], T]) -> T:
+    """
+    Run a call in a thread and return when the thread is done with it, also when cancelled meanwhile.
+
+    Cancelling `asyncio.to_thread` lets its caller go on and take away, close or give to others what the thread
+    still uses: a descriptor's number, for one. The cancellation is raised afterwards.
+    """
+    running = asyncio.get_running_loop().run_in_executor(None, call)
+    cut: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cut = error
+    if cut is not None:
+        running.exception()  # nobody else will ask
+        raise cut
+    return running.result()
 
 
 def cancelled() -> bool:

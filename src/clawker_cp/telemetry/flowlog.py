@@ -8,8 +8,10 @@ and never waited for. Everything but `_FlowFile` is used on the loop only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import threading
+import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -324,13 +326,12 @@ class _FlowFile:
     def search(self, event_id: str) -> Flow | None:
         self.drain()
         start = f'{{"event_id":"{event_id}",'.encode()
-        try:
-            for file in self._file.newest_first():
+        for file in self._file.newest_first():
+            # A backup that was torn or spoilt hides its own records and none of the others'.
+            with contextlib.suppress(OSError, EOFError, zlib.error, msgspec.MsgspecError):
                 for line in file:
                     if line.startswith(start):
                         return decode(line)
-        except (OSError, EOFError, msgspec.MsgspecError):
-            return None
         return None
 
 

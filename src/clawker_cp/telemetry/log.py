@@ -8,9 +8,10 @@ a thread of their own; a slow or full disk costs lines, never time (I12).
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import re
-import sys
+import select
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from clawker_cp.telemetry.rotation import RotatingFile
 LOG_FILE = "clawker-controlplane.log"
 VALUE_LIMIT = 4096
 REDACTED = "[redacted]"
+STDERR = 2
+STDERR_WAIT_MS = 100
 
 _SECRET_KEYS = re.compile(
     r"(^|_)(token|access_token|secret|password|passwd|passphrase|private_key|signing_key|assertion|authorization"
@@ -83,6 +86,40 @@ def _line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> byt
         return orjson.dumps({key: ascii(value) for key, value in event.items()}) + b"\n"
 
 
+class _Stderr:
+    """
+    Standard error, given up line by line while nobody reads it: what waits there for ever would hold the file too.
+    """
+
+    def __init__(self) -> None:
+        self._ready = select.poll()
+        self._ready.register(STDERR, select.POLLOUT)
+        self._stuck = False
+        self._half = False
+        self._gone = False
+        self.unread = 0
+
+    def write(self, lines: bytes, count: int) -> None:
+        if self._gone:
+            return
+        view = memoryview(b"\n" + lines if self._half else lines)
+        try:
+            while view:
+                # A pipe that is ready takes this much at once (pipe(7)).
+                if not self._ready.poll(0 if self._stuck else STDERR_WAIT_MS):
+                    self._stuck = True
+                    self.unread += count
+                    return
+                self._stuck = False
+                written = os.write(STDERR, view[: select.PIPE_BUF])
+                self._half = view[written - 1] != 0x0A
+                view = view[written:]
+        except BlockingIOError:  # somebody else filled it just now
+            self.unread += count
+        except OSError:  # its reader has gone
+            self._gone = True
+
+
 class LogSink:
     """
     Takes lines without waiting; at most `LOG_LINES_WAITING` wait, beyond that they are dropped and counted.
@@ -91,7 +128,8 @@ class LogSink:
     def __init__(self, path: Path | None, *, stderr: bool = True) -> None:
         self._file = RotatingFile(path) if path is not None else None
         self._listeners: tuple[Callable[[Mapping[str, Any]], None], ...] = ()
-        self._stderr = stderr
+        self._also_stderr = stderr
+        self._stderr = _Stderr()
         self._lines: queue.Queue[bytes | None] = queue.Queue(LOG_LINES_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="clawker-log", daemon=True)
         self._failing = False
@@ -139,8 +177,8 @@ class LogSink:
             self._file.close()
 
     def _write(self, lines: bytes, count: int) -> None:
-        if self._stderr:
-            self._write_stderr(lines)
+        if self._also_stderr:
+            self._stderr.write(lines, count)
         if self._file is None or not lines:
             return
         try:
@@ -155,14 +193,7 @@ class LogSink:
             if not self._failing:
                 self._failing = True
                 event = {"level": "warning", "event": "file_logger_unavailable", "cause": str(error)}
-                self._write_stderr(orjson.dumps(event) + b"\n")
-
-    def _write_stderr(self, lines: bytes) -> None:
-        try:
-            sys.stderr.buffer.write(lines)
-            sys.stderr.buffer.flush()
-        except (OSError, ValueError):  # nobody reads it any more
-            self._stderr = False
+                self._stderr.write(orjson.dumps(event) + b"\n", 1)
 
     def listen(self, listener: Callable[[Mapping[str, Any]], None]) -> None:
         """
@@ -180,9 +211,12 @@ class LogSink:
 
     def statistics(self) -> dict[str, int]:
         """
-        Lines dropped because the queue was full, and lines the file did not take.
+        Lines dropped because the queue was full, lines the file did not take, and lines nobody read on stderr.
         """
-        return {"dropped": self.dropped, "unwritten": self.unwritten, "waiting": self._lines.qsize()}
+        return {
+            "dropped": self.dropped, "unwritten": self.unwritten, "unread": self._stderr.unread,
+            "waiting": self._lines.qsize(),
+        }  # fmt: skip
 
 
 class _LibraryHandler(logging.Handler):

@@ -123,14 +123,14 @@ class RotatingFile:
 
     def newest_first(self) -> Iterator[BinaryIO]:
         """
-        Open the file and its backups for reading, one after the other; what is gone meanwhile is skipped.
+        Open the file and its backups for reading, one after the other; what cannot be opened is skipped.
         """
         candidates: list[tuple[Path, Callable[[Path], BinaryIO]]] = [(self._path, _plain), (self._moved, _plain)]
         candidates += [(self._backup(number), _packed) for number in range(1, self._backups + 1)]
         for path, opener in candidates:
             try:
                 file = opener(path)
-            except FileNotFoundError:
+            except OSError:
                 continue
             with file:
                 yield file

@@ -29,6 +29,7 @@ BRIDGE = "br-ckwtest"
 SUBNET = "10.231.96.0/20"
 GATEWAY = "10.231.96.1"
 CP = "10.231.96.202"
+PROXY = "10.231.96.200"
 MONITOR = "10.231.96.210"
 HOST, WORLD, FAR = "198.51.100.254", "198.51.100.1", "203.0.113.1"
 PATIENCE_S = 0.4
@@ -106,6 +107,14 @@ def hold(*argv: str) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End what `hold` began."""
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 @dataclass
@@ -198,10 +207,7 @@ async def yard(addresses: dict[str, str], *, bridged_calls: bool = False, **opti
         finally:
             log.close()
             for process in made.held:
-                process.kill()
-                process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
+                end(process)
 
 
 def frame(source: str, ether_type: int, payload: bytes, *, target: str) -> bytes:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 DATABASE, DATAGRAMS, EVIL = "203.0.113.30", "203.0.113.31", "203.0.113.66"
 
-# A send may return before the packet is dropped: then only the world can say, and it is asked.
-SEND_RETURNS = frozenset({
-    "packet_socket_frame", "packet_socket_spoofed", "vlan_tagged_frame", "source_route_option", "broadcast",
-    "multicast", "gateway_services",
+# A packet socket passes no hook of a cgroup; our system call filter lets nobody make one.
+FRAMES = frozenset({
+    "packet_socket_frame", "packet_socket_spoofed", "packet_socket_by_its_old_name", "vlan_tagged_frame",
 })  # fmt: skip
+# A send may return before the packet is dropped: then only the world can say, and it is asked.
+SEND_RETURNS = FRAMES | {"source_route_option", "broadcast", "multicast", "gateway_services"}
 # No hook of a cgroup sees these families: a system call filter alone stops them. Every sandbox has ours unless a test
 # says no; the default one of older Docker engines lets AF_VSOCK through.
 FILTER_ALONE = frozenset({"vsock_listen"})

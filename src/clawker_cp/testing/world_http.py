@@ -133,7 +133,8 @@ async def serve_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
             await _Http2(reader, writer, record, data).run()
             return
         head += data
-    if b"upgrade: websocket" in head.lower():
+    # An origin that knows no WebSockets answers such a request like any other.
+    if b"upgrade: websocket" in head.lower() and b" /status/" not in head.partition(b"\r\n")[0]:
         await _websocket(reader, writer, record, head)
     else:
         await _http1(reader, writer, record, head)

@@ -8,7 +8,6 @@ in the kernel at every moment, and gives the previous container back when a new 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import http.client
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,12 +25,14 @@ from clawker_cp.engines.docker.stack import remove_sibling
 from clawker_cp.engines.docker_client import endpoint_from, socket_path
 from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput, NotFound, Unavailable, Unsupported
 from clawker_cp.pki.tree import AuthTree
-from clawker_cp.wiring.host_files import PID_FILE, RUN_DIRECTORY
+from clawker_cp.wiring.host_files import PID_FILE, RUN_DIRECTORY, alone, server_runs
+from clawker_cp.wiring.kernel_sweep import sweep
 from clawker_cp.wiring.own_container import (
     BPF_FS,
     MANAGED,
     NAME,
     PURPOSE,
+    SPEC,
     STOP_S,
     Wanted,
     create_body,
@@ -48,6 +49,8 @@ HEALTHY_LIMIT_S = 90.0
 POLL_S = 0.25
 ANSWER_LIMIT_S = 3.0
 LOG_LINES = 40
+LOCK = "lifecycle.lock"
+ONE_AT_A_TIME = "`clawkerctl up` or `clawkerctl down`"
 
 
 class Docker(Protocol):
@@ -62,6 +65,7 @@ class Docker(Protocol):
     async def stop(self, reference: str, *, grace_s: int = 10) -> None: ...
     async def rename(self, reference: str, name: str) -> None: ...
     async def remove(self, reference: str, *, force: bool = False) -> None: ...
+    async def wait(self, reference: str, *, limit_s: float) -> int: ...
     async def logs(self, reference: str, *, lines: int = 100) -> bytes: ...
 
 
@@ -82,7 +86,7 @@ class ContainerLife:
     """
     The life of the one container, seen from the host. Each verb may be repeated at any time.
 
-    `ensure_network` makes or adopts the agents' network. One call at a time.
+    `ensure_network` makes or adopts the agents' network. One call at a time, of this or any other process.
     """
 
     def __init__(
@@ -103,57 +107,96 @@ class ContainerLife:
         self._ensure_network = ensure_network
         self._bpffs = bpffs
         self._pid_file = pid_file
+        self._lock = directories.data / LOCK
 
     async def up(self, image: str, *, limit_s: float = HEALTHY_LIMIT_S) -> Outcome:
         """
         Have the container run and answer `/healthz`; an equal one is left alone.
 
-        Raises `Conflict` when a server runs on the host itself or the name is somebody else's, `NotFound` without
-        the image, `Unavailable` or `DeadlineExceeded` with the server's own last word when it does not get healthy.
+        Raises `Conflict` when a server runs on the host itself, the name is somebody else's or another call is at
+        work, `NotFound` without the image, `Unavailable` or `DeadlineExceeded` with the server's own last word when
+        it does not get healthy.
         """
         await asyncio.to_thread(refuse_server_on_host, self._pid_file)
         await asyncio.to_thread(refuse_without_bpffs, self._bpffs)
-        image_id = await self._image_id(image)
-        existing = await self._recover()
-        body = await self._body(image, image_id, existing)
-        decision = decide(existing, body, image_id)
-        if existing is not None and decision.action in ("keep", "start"):
-            if decision.action == "start":
-                await self._docker.start(NAME)
-            await self._wait_healthy(limit_s)
-        elif existing is not None and decision.action == "replace":
-            await self._replace(existing, body, limit_s)
-        else:
-            await self._make(body, limit_s)
-        return Outcome(decision.action, decision.why, str((await self._docker.inspect(NAME))["Id"]))
+        with alone(self._lock, ONE_AT_A_TIME):
+            image_id = await self._image_id(image)
+            existing = await self._recover()
+            body = await self._body(image, image_id, existing)
+            decision = decide(existing, body, image_id)
+            if existing is not None and decision.action in ("keep", "start"):
+                if decision.action == "start":
+                    await self._docker.start(NAME)
+                await self._wait_healthy(limit_s)
+            elif existing is not None and decision.action == "replace":
+                await self._replace(existing, body, limit_s)
+            else:
+                await self._make(body, limit_s)
+            return Outcome(decision.action, decision.why, str((await self._docker.inspect(NAME))["Id"]))
 
-    async def down(self) -> Outcome:
+    async def down(self, image: str) -> Outcome:
         """
-        Stop the server, which drains, and remove its container; what carried traffic for one that died goes as well.
+        Stop the server, which drains, and remove its container; what one that died left goes as well, in whatever
+        state it is: containers that carried traffic, programs, maps, pins, packet filters. `image` looks after the
+        kernel's part when there is no container, or its own image is gone.
 
         Raises `Conflict` naming the agents that run: without a control plane they would be denied everything new.
+        May be repeated: what an error kept from being done is done then.
         """
-        existing = await self._recover()
-        if existing is not None:
-            refuse_foreign(existing)
-        elif await asyncio.to_thread(runs_on_host, self._pid_file) or not await self._siblings():
-            return Outcome("absent")
+        with alone(self._lock, ONE_AT_A_TIME):
+            existing = await self._recover()
+            on_host = await asyncio.to_thread(server_runs, self._pid_file)
+            if existing is not None:
+                refuse_foreign(existing)
+            elif on_host:
+                return Outcome("absent")
+            await self._refuse_with_agents()
+            drained = existing is not None and await self._stopped(existing)
+            # Nobody would enrol one that was started meanwhile, and taking the ring away would open it.
+            await self._refuse_with_agents()
+            left = await self._siblings()
+            for name in left:
+                await remove_sibling(self._docker, name)
+            if not on_host:
+                left += await self._swept(existing, image, drained=drained)
+            if existing is not None:
+                await self._docker.remove(NAME)
+        why = f"{', '.join(left[:-1])}{' and ' if left[1:] else ''}{left[-1]} had been left" if left else ""
+        return Outcome("removed", why, str(existing["Id"])) if existing is not None else Outcome("absent", why)
+
+    async def _refuse_with_agents(self) -> None:
         running = await self.agents()
         if running:
             raise Conflict(
                 f"{len(running)} agents run: {', '.join(running[:5])}{', ...' if len(running) > 5 else ''}",
                 code="AGENTS_RUNNING",
-                hint="stop them first. The kernel would go on enforcing without a control plane, and deny them "
-                "every name and every proxied connection",
+                hint=f"stop them first: docker stop {' '.join(running[:5])}. The kernel would go on enforcing without "
+                "a control plane, and deny them every name and every proxied connection",
             )
-        if existing is not None:
-            await self._docker.stop(NAME, grace_s=STOP_S)
-            await self._docker.remove(NAME)
-        left = await self._siblings()
-        for name in left:
-            await remove_sibling(self._docker, name)
-        why = f"{' and '.join(left)} had been left" if left else ""
-        return Outcome("removed", why, str(existing["Id"])) if existing is not None else Outcome("absent", why)
+
+    async def _stopped(self, existing: Mapping[str, Any]) -> bool:
+        """End the server; whether it ran, and ended as one that has drained."""
+        ran = is_running(existing)
+        await self._docker.stop(NAME, grace_s=STOP_S)
+        return ran and (await self._docker.inspect(NAME))["State"].get("ExitCode") == 0
+
+    async def _swept(self, existing: Mapping[str, Any] | None, image: str, *, drained: bool) -> list[str]:
+        """Take away what is left in the kernel; what there was."""
+        pin_dir = self._settings.firewall.pin_dir
+        ours = existing is not None and SPEC in (existing["Config"].get("Labels") or {})
+        for name in [*([str(existing["Image"])] if existing is not None and ours else []), image]:
+            try:
+                image_id = str((await self._docker.image_inspect(name))["Id"])
+            except NotFound:
+                continue
+            return await sweep(self._docker, self._create, image_id, pin_dir)
+        there = await asyncio.to_thread(is_there, Path(pin_dir))
+        if drained or there is False or (there is None and existing is None):
+            return []
+        raise NotFound(
+            f"what the control plane left in the kernel stays: the engine has no image {image} to take it away with",
+            hint="make it (`make image`) or name another with --image, and repeat this; or as root: ebpf-manager flush",
+        )
 
     async def agents(self) -> list[str]:
         """Names of the agents' containers that run or are paused."""
@@ -241,12 +284,7 @@ class ContainerLife:
 
     async def _make(self, body: Mapping[str, Any], limit_s: float) -> None:
         """Create and start; one that does not get healthy is removed again, its last word is in the error."""
-        try:
-            await self._docker.create(NAME, body)
-        except InvalidInput as error:
-            if "CAP_BPF" not in error.message:
-                raise
-            await self._docker.create(NAME, without_bpf_capability(body))
+        await self._create(NAME, body)
         try:
             await self._docker.start(NAME)
             await self._wait_healthy(limit_s)
@@ -254,6 +292,14 @@ class ContainerLife:
             async with asyncio.timeout(STOP_S):
                 await self._docker.remove(NAME, force=True)
             raise
+
+    async def _create(self, name: str, body: Mapping[str, Any]) -> None:
+        try:
+            await self._docker.create(name, body)
+        except InvalidInput as error:
+            if "CAP_BPF" not in error.message:
+                raise
+            await self._docker.create(name, without_bpf_capability(body))
 
     async def _replace(self, existing: Mapping[str, Any], body: Mapping[str, Any], limit_s: float) -> None:
         """
@@ -325,26 +371,12 @@ def refuse_server_on_host(pid_file: Path) -> None:
     """
     Raise `Conflict` when a server runs on the host itself: it holds the pid file, and the pins.
     """
-    if runs_on_host(pid_file):
+    if server_runs(pid_file):
         raise Conflict(
             f"a control plane runs on this host already, outside of a container (see {pid_file})",
             code="ALREADY_RUNNING",
             hint=f"end it first: kill $(cat {pid_file}); enforcement stays while agents run",
         )
-
-
-def runs_on_host(pid_file: Path) -> bool:
-    """
-    Whether a server runs on the host itself.
-    """
-    try:
-        with pid_file.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def refuse_without_bpffs(path: Path) -> None:
@@ -356,3 +388,16 @@ def refuse_without_bpffs(path: Path) -> None:
         raise Unsupported(
             f"{path} is no bpffs on this host", feature="bpffs", needs="bpffs", hint=f"mount -t bpf bpf {path}"
         )
+
+
+def is_there(path: Path) -> bool | None:
+    """
+    Whether there is something at a path; None when we may not look.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return True

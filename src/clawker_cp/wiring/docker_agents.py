@@ -81,7 +81,7 @@ class DockerAgents:
         self._registry = registry
         self._pin_dir = pin_dir
         self._feed = WorldFeed(overseer, host.engine.inspect, host.existing, host.network.id)
-        self._ring_log: RingLog | None = None
+        self._ring_logs: list[RingLog] = []
         self.resolver = host.engine
 
     @property
@@ -110,6 +110,7 @@ class DockerAgents:
         """
         Put the ring around the bridge before anything else: what an earlier server enrolled keeps its port.
         """
+        await self._limit_shares()
         containers = await self._on_network()
         kept = self._enrolled_before()
         agents = [one for one in containers if one.is_agent and one.cgroup_id in kept]
@@ -306,31 +307,42 @@ class DockerAgents:
         if gone:
             log.info("registry_reaped", count=len(gone))
 
-    def _watch_drops(self) -> None:
-        if self._host.on_drop is None or self._ring is None:
+    async def _limit_shares(self) -> None:
+        if self._host.share is None:
             return
-        ring_log = RingLog(
-            self._ring.group,
-            self._enforcement.owner,
-            self._host.on_drop,
-            by_source=self._at,
-            namespace=host_netns(self._host.host_pid),
-        )
+        try:
+            await self._host.share.install()
+        except ClawkerError as error:
+            effect = "one agent may take every connection that the control plane accepts"
+            log.warning("agents_share_unlimited", cause=error.message, effect=effect)
+            return
+        self._watch(self._host.share.group, lambda _interface: "", None)
+
+    def _watch_drops(self) -> None:
+        if self._ring is not None:
+            self._watch(self._ring.group, self._enforcement.owner, host_netns(self._host.host_pid))
+
+    def _watch(self, group: int, owner: Callable[[int], str], namespace: Path | None) -> None:
+        """Report what is dropped in a network namespace, None: in our own."""
+        if self._host.on_drop is None:
+            return
+        ring_log = RingLog(group, owner, self._host.on_drop, by_source=self._at, namespace=namespace)
         try:
             ring_log.open()
         except Unavailable as error:
             log.warning("host_ring_log_unavailable", cause=str(error))
             return
-        self._ring_log = ring_log
+        self._ring_logs.append(ring_log)
 
     def _at(self, address: str) -> str:
         agent = self._roster.by_address(address)
         return agent.id if agent is not None else ""
 
     async def _leave(self, *, empty: bool) -> None:
-        if self._ring_log is not None:
-            self._ring_log.close()
-            self._ring_log = None
+        while self._ring_logs:
+            self._ring_logs.pop().close()
+        if self._host.share is not None:
+            await self._host.share.remove()
         if not empty:
             return
         if self._ring is not None:

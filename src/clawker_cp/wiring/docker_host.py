@@ -21,6 +21,7 @@ from clawker_cp.config import Directories, Settings
 from clawker_cp.engines.base import AgentNetwork, RingEvent
 from clawker_cp.engines.docker.engine import DockerEngine
 from clawker_cp.engines.docker.network import ensure_network
+from clawker_cp.engines.docker.own_share import OwnShare
 from clawker_cp.engines.docker.ring import DockerRing
 from clawker_cp.engines.docker_client import DockerClient, endpoint_from
 from clawker_cp.engines.host import cgroups
@@ -38,7 +39,8 @@ HOST_PID = 1  # the host's first process, seen from a container with pid: host
 class DockerHost:
     """
     Fulfils `engine_choice.Engine` with containers. `host_pid` is a process of the host's namespaces; `driver` is the
-    daemon's cgroup driver and `default_parent` where it puts containers, if it was told.
+    daemon's cgroup driver and `default_parent` where it puts containers, if it was told. `share` is what one agent may
+    take of us, where we are a container.
     """
 
     name = "docker"
@@ -50,6 +52,7 @@ class DockerHost:
         engine: DockerEngine,
         ring: DockerRing | None,
         *,
+        share: OwnShare | None = None,
         host_pid: int,
         parent: str,
         driver: str,
@@ -58,6 +61,7 @@ class DockerHost:
         self.client = client
         self.engine = engine
         self.ring = ring
+        self.share = share
         self.host_pid = host_pid
         self.driver = driver
         self._parent = parent
@@ -199,6 +203,7 @@ async def docker_host(
             client,
             engine,
             ring,
+            share=OwnShare(network) if own_container_id is not None else None,
             host_pid=host_pid,
             parent=settings.host.cgroup_parent,
             driver=str(info.get("CgroupDriver") or ""),

@@ -269,6 +269,13 @@ class Enforcement:
             log.info("connections_cut", count=count, cause="rule")
         return count
 
+    async def admit_coming(self, coming: Sequence[EnrolledAgent]) -> None:
+        """
+        Bring the ring to what these may begin, in one transaction, before each is enrolled.
+        """
+        if coming:
+            await self._admit_all(self._plan(), coming=coming)
+
     async def readmit(self, address: str) -> None:
         """
         Bring the ring to what agents at an address may begin, after its port was pinned.
@@ -280,16 +287,16 @@ class Enforcement:
             return
         if agent.learn:
             await self._ring.admit_all(agent.address, None)
-        await self._admit_all(self._plan(), at=agent.address, coming=agent)
+        await self._admit_all(self._plan(), at=agent.address, coming=[agent])
 
     async def _admit_all(
-        self, plan: Plan, *, moving: bool = False, at: str = "", coming: EnrolledAgent | None = None
+        self, plan: Plan, *, moving: bool = False, at: str = "", coming: Sequence[EnrolledAgent] = ()
     ) -> None:
-        """Admit every agent, or those `at` an address, one that is not known yet included."""
+        """Admit every agent, or those `at` an address, those that are not known yet included."""
         if self._ring is None:
             return
         wanted: dict[str, set[int]] = {at: set()} if at else {}
-        for agent in [*self._roster, *([coming] if coming is not None else [])]:
+        for agent in [*self._roster, *coming]:
             if at in {"", agent.address}:
                 numbers = {agent.policy, plan.agents.get(agent.key, agent.policy)} if moving else {agent.policy}
                 wanted.setdefault(agent.address, set()).update(set() if agent.quarantined else numbers)

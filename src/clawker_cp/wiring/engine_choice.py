@@ -26,6 +26,7 @@ from clawker_cp.engines.base import AgentNetwork, RingEvent
 from clawker_cp.engines.docker.ports import find_port
 from clawker_cp.engines.docker_client import endpoint_from, socket_path
 from clawker_cp.engines.dockerevents import DockerEventFeeder
+from clawker_cp.engines.host.bubble import OPEN_FILES
 from clawker_cp.engines.host.engine import HostEngine
 from clawker_cp.engines.host.sockets import SocketInfo
 from clawker_cp.errors import ClawkerError, InvalidInput
@@ -63,10 +64,17 @@ class Engine(Protocol):
 
 @asynccontextmanager
 async def chosen_engine(
-    settings: Settings, directories: Directories, where: Placement, *, only_host: bool = False
+    settings: Settings,
+    directories: Directories,
+    where: Placement,
+    *,
+    only_host: bool = False,
+    open_files: int = OPEN_FILES,
 ) -> AsyncIterator[HostEngine | DockerHost]:
     """
     The engine that the settings ask for and the place allows, while the block runs.
+
+    `open_files` is the limit that programs in sandboxes begin with.
     """
     if where.in_container and settings.engine == "host":
         raise InvalidInput("engine: a control plane that is a container has no sandboxes", hint="set it to docker")
@@ -90,10 +98,10 @@ async def chosen_engine(
             else:
                 yield host
                 return
-        yield _host_engine(settings, directories)
+        yield _host_engine(settings, directories, open_files)
 
 
-def _host_engine(settings: Settings, directories: Directories) -> HostEngine:
+def _host_engine(settings: Settings, directories: Directories, open_files: int) -> HostEngine:
     return HostEngine(
         state_dir=directories.state,
         bridge=settings.host.bridge,
@@ -102,6 +110,7 @@ def _host_engine(settings: Settings, directories: Directories) -> HostEngine:
         masked=(directories.config, directories.data, directories.state, directories.cache),
         ca_dir=directories.data / "ca-bundle",
         with_ring=settings.firewall.host_ring,
+        open_files=open_files,
     )
 
 

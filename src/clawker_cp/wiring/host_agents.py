@@ -16,7 +16,7 @@ from clawker_cp.agents.database import Database
 from clawker_cp.agents.directory import by_container
 from clawker_cp.agents.lifecycle import SandboxLives
 from clawker_cp.agents.quarantines import Quarantines
-from clawker_cp.agents.roster import Roster, RosterResolver
+from clawker_cp.agents.roster import EnrolledAgent, Roster, RosterResolver
 from clawker_cp.agents.sandbox_rows import SandboxRows
 from clawker_cp.config import Directories, Settings
 from clawker_cp.ebpf import Manager
@@ -36,6 +36,7 @@ from clawker_cp.wiring.translation import adopted_request, life_request
 
 log = structlog.get_logger()
 
+RETRY_S = 5.0
 UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
 
 
@@ -129,13 +130,22 @@ class HostAgents:
         """Nothing: there are no containers on this bridge."""
 
     def parts(self) -> list[Part]:
-        return [("sandboxes", self.sandboxes.run, "no sandbox can be created")]
+        return [
+            ("sandboxes", self.sandboxes.run, "no sandbox can be created"),
+            ("ends_retried", self._retry_ends, "a sandbox that could not be taken away stays, enforced"),
+        ]
 
     async def take_over(self, group: asyncio.TaskGroup, agents: AgentControl) -> list[asyncio.Task[None]]:
         await self.sandboxes.wait_running()
         await asyncio.to_thread(self.sandboxes.settle)
-        for sandbox in self._adopted:
-            await self._adopt(sandbox, agents)
+        adoptees = [(agent, one) for one in self._adopted if (agent := await self._adoptee(one)) is not None]
+        try:
+            # One transaction for all; what each is enrolled with is then there already.
+            await self._enforcement.admit_coming([agent for agent, _ in adoptees])
+        except ClawkerError as error:
+            log.warning("agents_not_admitted_together", cause=str(error), effect="each is by itself")
+        for agent, sandbox in adoptees:
+            await self._adopt(agent, sandbox, agents)
         self._local.open()
         running = [group.create_task(self._local.serve(self._gone), name="local")]
         owned = {sandbox.id for sandbox in self._adopted if self.sandboxes.adopt(sandbox)}
@@ -153,21 +163,44 @@ class HostAgents:
 
     # -- inner -------------------------------------------------------------------------------
 
-    async def _adopt(self, sandbox: Sandbox, agents: AgentControl) -> None:
+    async def _adoptee(self, sandbox: Sandbox) -> EnrolledAgent | None:
+        """The agent that a sandbox is; None, said, for one that is left as the kernel has it."""
+        row = self._manager.agents().get(sandbox.cgroup_id)
+        try:
+            quarantined = await asyncio.to_thread(self._quarantines.get, sandbox.id)
+        except ClawkerError as error:
+            log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
+            return None
+        return self._lives.adoptee(
+            sandbox,
+            adopted_request(sandbox.spec),
+            bypass_until_ns=row.bypass_until_ns if row is not None else 0,
+            quarantined=quarantined is not None,
+        )
+
+    async def _adopt(self, agent: EnrolledAgent, sandbox: Sandbox, agents: AgentControl) -> None:
         """Take one sandbox over; one that cannot be is left as the kernel has it and does not stop the others."""
         try:
-            row = self._manager.agents().get(sandbox.cgroup_id)
-            quarantined = await asyncio.to_thread(self._quarantines.get, sandbox.id)
-            agent = await self._lives.adopt(
-                sandbox,
-                adopted_request(sandbox.spec),
-                bypass_until_ns=row.bypass_until_ns if row is not None else 0,
-                quarantined=quarantined is not None,
-            )
+            await self._lives.adopt(agent, sandbox)
             agents.follow_bypass(agent)
             await self._enforcement.cut_strangers(agent)
         except ClawkerError as error:
             log.error("enroll_failed", id=sandbox.id[:12], cause=str(error))
+
+    async def _retry_ends(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_S)
+            ended = await self._lives.retry()
+            for sandbox_id in self._engine.left():
+                # One whose creation failed has no life.
+                if not self._lives.knows(sandbox_id):
+                    try:
+                        await self._engine.remove(sandbox_id, force=True, grace_s=0)
+                    except (ClawkerError, OSError) as error:
+                        log.warning("sandbox_remains", id=sandbox_id[:12], cause=str(error))
+            if ended:
+                await asyncio.to_thread(self.sandboxes.ended_late, ended)
+                self._gone()
 
     async def _follow_adopted(self, sandbox_id: str) -> None:
         """Take an adopted sandbox apart at its end; end it if nobody comes back for it."""

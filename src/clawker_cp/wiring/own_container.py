@@ -105,10 +105,14 @@ def mounts(directories: Directories, tree: AuthTree, socket: str) -> list[dict[s
         (directories.firewall, f"{DATA}/firewall", False),
         (directories.data / "controlplane", f"{DATA}/controlplane", False),
     ]
-    return [
-        {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": read_only}
-        for source, target, read_only in binds
-    ]
+    return [bind(source, target, read_only=read_only) for source, target, read_only in binds]
+
+
+def bind(source: Path | str, target: str, *, read_only: bool) -> dict[str, Any]:
+    """
+    A file or directory of the host as the engine is asked for it.
+    """
+    return {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": read_only}
 
 
 def variables(directories: Directories, wanted: Wanted) -> list[str]:

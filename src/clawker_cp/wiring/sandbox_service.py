@@ -11,9 +11,10 @@ import asyncio
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import orjson
 import structlog
@@ -24,7 +25,8 @@ from clawker_cp.agents.roster import Roster
 from clawker_cp.agents.sandbox_rows import SandboxRow, SandboxRows, SandboxState
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.engines.host.console import Attachment, Console
-from clawker_cp.errors import ClawkerError, Conflict, NotFound
+from clawker_cp.errors import ClawkerError, Conflict, NotFound, Unavailable
+from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
 
@@ -117,19 +119,19 @@ class SandboxService:
                 sandbox = _sandbox(prepared)
                 document = orjson.dumps(spec.as_mapping()).decode()
                 row = SandboxRow(sandbox.id, document, SandboxState.CREATED, int(self._wall()))
-                await asyncio.to_thread(self._rows.put, row)
+                await in_thread_to_the_end(partial(self._rows.put, row))
                 console, streams = Console.open(sandbox.directory, tty=spec.tty)
                 try:
                     await self._lives.launch(sandbox.id, streams)
                 finally:
                     for fd in streams:
                         os.close(fd)
-                await asyncio.to_thread(self._rows.started, sandbox.id, int(self._wall()))
+                await in_thread_to_the_end(partial(self._rows.started, sandbox.id, int(self._wall())))
         except BaseException:
             if console is not None:
                 console.close()
             if row is not None:
-                await asyncio.shield(self._unwrite(row.id))
+                await self._forget(row.id)
             raise
         self._follow(sandbox.id, console, group, auto_remove=auto_remove)
         return replace(row, state=SandboxState.RUNNING, started_at=int(self._wall())), sandbox
@@ -139,6 +141,12 @@ class SandboxService:
         Bring the list to what became of sandboxes while no server ran. Blocks: call it in a thread.
         """
         self._rows.settle({sandbox.id for sandbox in self._living()}, int(self._wall()))
+
+    def ended_late(self, ids: Collection[str]) -> None:
+        """
+        Bring the list to sandboxes that could be taken away at last. Blocks: call it in a thread.
+        """
+        self._rows.forget_ended(ids)
 
     def adopt(self, sandbox: Sandbox) -> bool:
         """
@@ -169,7 +177,7 @@ class SandboxService:
     async def remove(self, reference: str, *, force: bool, grace_s: float) -> None:
         """
         End a sandbox and forget it. Raises `Conflict` (`AGENT_RUNNING`) for a running one without `force`,
-        `NotFound` for one that is not known.
+        `NotFound` for one that is not known, `Unavailable` for one that cannot be taken away now.
         """
         try:
             sandbox_id = by_container(reference, self._living()).id
@@ -183,6 +191,11 @@ class SandboxService:
         ended = self._ended.get(sandbox_id)
         await asyncio.to_thread(self._rows.forget_at_end, sandbox_id)
         await self._lives.stop(sandbox_id, grace_s=grace_s)
+        if self._lives.knows(sandbox_id):
+            raise Unavailable(
+                f"sandbox {sandbox_id[:12]} cannot be taken away now",
+                hint="it stays listed and enforced and is tried again every few seconds; the log has the cause",
+            )
         if ended is not None:
             await asyncio.wait([ended], timeout=DRAIN_LIMIT_S)
         await asyncio.to_thread(self._rows.remove, sandbox_id)
@@ -217,13 +230,6 @@ class SandboxService:
         ended = self._ended[sandbox_id] = asyncio.get_running_loop().create_future()
         group.create_task(self._finish(sandbox_id, console, ended, auto_remove=auto_remove), name="sandbox")
 
-    async def _unwrite(self, sandbox_id: str) -> None:
-        """Forget a sandbox whose start failed; the failure that is being told matters more than one in here."""
-        try:
-            await asyncio.to_thread(self._rows.remove, sandbox_id)
-        except (ClawkerError, OSError) as error:
-            log.warning("sandbox_row_unwritten", id=sandbox_id[:12], cause=str(error))
-
     async def _finish(
         self, sandbox_id: str, console: Console | None, ended: asyncio.Future[int], *, auto_remove: bool
     ) -> None:
@@ -254,6 +260,13 @@ class SandboxService:
                 break
             self._drop(oldest)
         self._gone()
+
+    async def _forget(self, sandbox_id: str) -> None:
+        """Take back the row of a sandbox that did not come to be; one that stays is told at the next start."""
+        try:
+            await in_thread_to_the_end(partial(self._rows.remove, sandbox_id))
+        except ClawkerError as error:
+            log.warning("sandbox_row_unwritten", id=sandbox_id[:12], cause=str(error))
 
     def _drop(self, sandbox_id: str) -> None:
         self._consoles.pop(sandbox_id, None)

@@ -209,7 +209,13 @@ async def test_rules_of_two_containers_with_one_name_stay_for_the_second(world: 
 
 
 @pytest.mark.parametrize(
-    ("wrong", "why"), [({"agent": ""}, "labels"), ({"agent": "a b"}, "labels"), ({"address": ""}, "no address")]
+    ("wrong", "why"),
+    [
+        ({"agent": ""}, "label dev.clawker.agent"),
+        ({"agent": "a b"}, "label dev.clawker.agent"),
+        ({"project": "x" * 70_000}, "label dev.clawker.project"),
+        ({"address": ""}, "no address"),
+    ],
 )
 async def test_what_cannot_be_known_stays_denied(world: World, wrong: dict[str, Any], why: str) -> None:
     """Unusable labels and a missing address are told; programs without a row judge the container meanwhile."""

@@ -78,8 +78,9 @@ def test_garbage_is_no_database(tmp_path: Path) -> None:
     """A file of other content is an error that names it, not an empty registry."""
     path = tmp_path / "cp.db"
     path.write_bytes(b"not a database" * 100)
-    with pytest.raises(Unavailable, match=r"cp\.db"):
+    with pytest.raises(Unavailable, match=r"cp\.db") as refused:
         opened(path)
+    assert "move it away" in (refused.value.hint or "")
     assert path.read_bytes().startswith(b"not a database")
 
 

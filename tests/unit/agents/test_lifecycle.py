@@ -49,6 +49,9 @@ class World:
     async def signal(self, sandbox_id: str, signo: int) -> None:
         self._step(f"signal {signo}")
 
+    async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
+        self._step("stop")
+
     async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
         self._step("remove")
 
@@ -75,7 +78,7 @@ class World:
 
 
 REQUEST = LifeRequest(spec=None, rules="")
-END = ["remove", "settle", "withdraw", "drop"]
+END = ["stop", "remove", "settle", "withdraw", "drop"]
 
 
 async def test_a_whole_life_keeps_the_order() -> None:
@@ -97,24 +100,42 @@ async def test_a_failed_start_leaves_nothing(failing: str) -> None:
     with pytest.raises(Unavailable, match=failing):
         async with world.lives.prepared(REQUEST) as sandbox:
             await world.lives.launch(sandbox.id, (0, 1, 2))
-    assert world.steps[-4:] == END
+    assert world.steps[-5:] == END
     assert not world.lives.knows("id1") and len(world.roster) == 0
 
 
-async def test_what_cannot_be_killed_keeps_its_row_and_its_rules() -> None:
-    """While something of a sandbox may live, its enforcement stays as it was (I4)."""
-    world = World("remove")
-    await world.lives.adopt(Sandbox(), REQUEST)
+@pytest.mark.parametrize(("failing", "steps"), [("stop", ["stop"]), ("remove", ["stop", "remove", "settle"])])
+async def test_what_cannot_be_killed_or_removed_keeps_its_row_and_its_rules(failing: str, steps: list[str]) -> None:
+    """While something of a sandbox may live, its enforcement stays as it was (I4), and it stays known."""
+    world = World(failing)
+    await world.lives.adopt(world.lives.adoptee(Sandbox(), REQUEST), Sandbox())
     await world.lives.stop("id1", grace_s=0)
-    assert world.steps == ["enroll", "remove"]
-    assert world.roster.by_id("id1") is not None
+    assert world.steps == ["enroll", *steps]
+    assert world.roster.by_id("id1") is not None and world.lives.knows("id1")
+
+
+async def test_what_could_not_be_taken_away_is_tried_again_until_it_is() -> None:
+    """Only what failed is; nothing of the later steps is done twice, and who asks meanwhile tries too."""
+    world = World("remove")
+    await world.lives.adopt(world.lives.adoptee(Sandbox(), REQUEST), Sandbox())
+    idle = await world.lives.retry()
+    await world.lives.stop("id1", grace_s=0)
+    tried = await world.lives.retry()
+    code = await world.lives.finish("id1")
+    world.failing = ""
+    ended = [await world.lives.retry() for _ in range(2)]
+
+    failed = ["stop", "remove", "settle"]
+    assert (idle, tried, code, ended) == ([], [], 42, [["id1"], []])
+    assert world.steps == ["enroll", *failed, *failed, "wait", *failed, *END]
+    assert not world.lives.knows("id1") and len(world.roster) == 0
 
 
 @pytest.mark.parametrize("failing", ["settle", "withdraw"])
 async def test_a_failing_later_step_does_not_stop_the_others(failing: str) -> None:
     """Once a sandbox is dead, one step's failure leaves no other undone, and an end is only done once."""
     world = World(failing)
-    await world.lives.adopt(Sandbox(), REQUEST)
+    await world.lives.adopt(world.lives.adoptee(Sandbox(), REQUEST), Sandbox())
     await world.lives.stop("id1", grace_s=0)
     await world.lives.stop("id1", grace_s=0)
     assert world.steps == ["enroll", *END]
@@ -124,7 +145,7 @@ async def test_a_failing_later_step_does_not_stop_the_others(failing: str) -> No
 async def test_an_adopted_sandbox_keeps_its_rules_and_gets_its_row_again() -> None:
     """Adoption asks for no rule change: the rules were in force before it."""
     world = World()
-    await world.lives.adopt(Sandbox(), REQUEST)
+    await world.lives.adopt(world.lives.adoptee(Sandbox(), REQUEST), Sandbox())
     assert world.steps == ["enroll"]
     assert world.lives.knows("id1")
 

@@ -48,6 +48,16 @@ def test_what_ended_unseen_is_settled(rows: SandboxRows) -> None:
     }  # fmt: skip
 
 
+def test_what_ended_late_is_forgotten_if_it_was_to_be(rows: SandboxRows) -> None:
+    """Of those that are named, ones that were being removed or go with their end; no other's row is touched."""
+    brief = '{"extra": {"auto_remove": true}}'
+    for name, spec in (("removed", "{}"), ("brief", brief), ("kept", "{}"), ("other", brief)):
+        rows.put(SandboxRow(name, spec, SandboxState.EXITED, 1))
+    rows.forget_at_end("removed")
+    rows.forget_ended(["removed", "brief", "kept", "nobody"])
+    assert {row.id for row in rows.all()} == {"kept", "other"}
+
+
 def test_an_unknown_sandbox_is_not_made_up(rows: SandboxRows) -> None:
     """Steps of a sandbox that has no row leave none."""
     rows.started("s1", 2)

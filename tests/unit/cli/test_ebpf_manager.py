@@ -20,6 +20,7 @@ from clawker_cp.cli.ebpf_manager import cli
 from clawker_cp.ebpf import AgentConfig, Manager
 from clawker_cp.engines.host.cgroups import find_cgroup2
 from clawker_cp.errors import InvalidInput
+from clawker_cp.testing.bridge_world import end, hold
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 GATE = "192.0.2.1"
@@ -251,11 +252,41 @@ def test_records_are_not_taken_from_a_running_control_plane(
     pins: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While somebody holds the pid file the tool refuses and says who shows them."""
-    monkeypatch.setattr("clawker_cp.cli.ebpf_looks._control_plane_runs.__defaults__", (tmp_path,))
+    monkeypatch.setattr("clawker_cp.wiring.host_files.server_runs.__defaults__", (tmp_path / "cp.pid",))
     with (tmp_path / "cp.pid").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "clawkerctl flows" in refused(pins[0], "events", "--seconds", "0.1")
     run(pins[0], "events", "--seconds", "0.01")
+
+
+def test_flush_takes_everything_once_nobody_is_judged(
+    pins: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an agent has a process, or a server runs, nothing goes; then pins and filters do, once."""
+    monkeypatch.setattr("clawker_cp.wiring.host_files.server_runs.__defaults__", (tmp_path / "cp.pid",))
+    directory, agent = pins
+    procs = next(one for one in find_cgroup2().rglob("agent") if one.stat().st_ino == agent) / "cgroup.procs"
+    network, living = hold("unshare", "--net"), hold("env")
+    nft = ("nsenter", "-t", str(network.pid), "-n", "nft")
+    try:
+        subprocess.run([*nft, "add table inet clawker_x; add table arp clawker_x; add table ip mine"], check=True)
+        flush = ("flush", "--host-pid", str(network.pid), "--json")
+        procs.write_text(str(living.pid))
+        judged = refused(directory, *flush)
+        with (tmp_path / "cp.pid").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            served = refused(directory, *flush)
+        kept = directory.exists()
+        (find_cgroup2() / "cgroup.procs").write_text(str(living.pid))
+        whole, again = (json.loads(run(directory, *flush))["removed"] for _ in range(2))
+        tables = subprocess.run([*nft, "list", "tables"], check=True, capture_output=True, text=True).stdout
+    finally:
+        for one in (network, living):
+            end(one)
+
+    assert "1 agent cgroups still have processes" in judged and "a control plane runs" in served and kept
+    assert (whole, again) == ([str(directory), "table arp clawker_x", "table inet clawker_x"], [])
+    assert tables == "table ip mine\n" and not directory.exists()
 
 
 def test_the_programs_are_verified_against_their_budget(pins: tuple[Path, int]) -> None:

@@ -55,3 +55,21 @@ def test_what_a_command_does_not_need_is_not_imported(program: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("group", "words", "code"),
+    [
+        (clawkerctl, ["explain", "\udcff"], 2),
+        (clawkerctl, ["--json", "sandbox", "attach", "\udcff"], 2),
+        (clawker_cp, ["run", "--", "cat", "\udcff"], 125),
+        (clawker_cp, ["serve", "--log-dir", "\udcff"], 2),
+    ],
+)
+def test_arguments_that_are_no_text_are_refused_before_anything_is_done(
+    group: click.Group, words: list[str], code: int
+) -> None:
+    """Bytes that are not UTF-8 are one line on standard error, whatever verb they were meant for."""
+    done = CliRunner().invoke(group, words)
+    assert done.exit_code == code
+    assert done.stderr.endswith(": '\\udcff' is not UTF-8 text\n") and done.stderr.count("\n") == 1

@@ -29,9 +29,9 @@ def test_root_has_to_be_meant(tmp_path: Path) -> None:
     assert options.parse_user("7:8", {}, tmp_path, allow_root=False) == options.User(7, 8)
 
 
-@pytest.mark.parametrize("text", ["no-such-user-here", "5:staff"])
+@pytest.mark.parametrize("text", ["no-such-user-here", "5:staff", "4294967295", "1:9" + "9" * 5000, "9" * 50])
 def test_a_wrong_user_is_named(text: str, tmp_path: Path) -> None:
-    """An unknown name and a group in letters are refused."""
+    """An unknown name, a group in letters and numbers beyond what the kernel has are refused."""
     with pytest.raises(InvalidInput, match="--user"):
         options.parse_user(text, {}, tmp_path, allow_root=False)
 
@@ -51,11 +51,18 @@ def test_a_wrong_mount_is_refused(tail: str, tmp_path: Path) -> None:
         options.parse_mount(f"{tmp_path}{tail}")
 
 
+@pytest.mark.parametrize("source", ["~no-such-user-here/x", "x" * 300, "a\0b"])
+def test_a_mount_of_what_cannot_be_a_path_is_refused(source: str) -> None:
+    """The home of nobody, a name that is too long and a NUL byte are errors that name the option."""
+    with pytest.raises(InvalidInput, match="--mount"):
+        options.parse_mount(source)
+
+
 def test_publish_reads_both_forms() -> None:
     """Without a host port zero means: choose one."""
     assert options.parse_publish("80") == {"host_port": 0, "port": 80}
     assert options.parse_publish("8080:80") == {"host_port": 8080, "port": 80}
-    for wrong in ("", "0", "80:0", "65536", "70000:1", "a:1", "1:2:3", "-1"):
+    for wrong in ("", "0", "80:0", "65536", "70000:1", "a:1", "1:2:3", "-1", "1" * 5000):
         with pytest.raises(InvalidInput, match="--publish"):
             options.parse_publish(wrong)
 
@@ -90,3 +97,5 @@ def test_the_workdir_has_to_be_a_directory(tmp_path: Path) -> None:
     assert options.resolve_workdir(str(tmp_path)) == tmp_path.resolve()
     with pytest.raises(InvalidInput, match="--workdir"):
         options.resolve_workdir(str(tmp_path / "missing"))
+    with pytest.raises(InvalidInput, match="--workdir"):
+        options.resolve_workdir("~no-such-user-here")

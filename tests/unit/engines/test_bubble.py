@@ -30,7 +30,7 @@ def test_cgroup_and_namespace_are_joined_before_anything_of_the_agent() -> None:
         sandbox_of(spec_of(argv=("prog", "--", "x"))), [Path("/a"), Path("/b")], Path("/ns"),
         args_fd=5, status_fd=6, seccomp_fd=7,
     )  # fmt: skip
-    assert line[4:8] == ["/ns", "2", "/a", "/b"]
+    assert line[4:9] == ["/ns", "1024", "2", "/a", "/b"]
     order = [line.index(word) for word in ("/bin/sh", "bwrap", "/usr/bin/setsid", "/usr/bin/setpriv", "prog")]
     assert order == sorted(order)
     assert line[-3:] == ["prog", "--", "x"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,20 @@ async def test_tool_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(commands, "LIMIT_S", 0.1)
     with pytest.raises(DeadlineExceeded, match="sleep"):
         await commands.run("sleep", "60")
+
+
+async def test_tool_whose_caller_is_cancelled_is_ended() -> None:
+    """Nobody waits for it any more: it does not wait for the rest of its input either."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = children.read_text().split()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        task = group.create_task(commands.run("cat", text="x" * (1 << 22)))
+        while children.read_text().split() == before:
+            await asyncio.sleep(0)
+        task.cancel()
+
+    assert task.cancelled()
+    assert children.read_text().split() == before
 
 
 @pytest.mark.root

@@ -17,6 +17,7 @@ from clawker_cp.engines.host import console as module
 from clawker_cp.engines.host.console import Console
 from clawker_cp.engines.host.process import start_time
 from clawker_cp.errors import Conflict, InvalidInput
+from clawker_cp.testing.descriptors import beyond_select
 
 
 @asynccontextmanager
@@ -173,3 +174,15 @@ def test_a_record_of_something_else_is_no_console(tmp_path: Path, record: bytes)
     """Garbage, and a process that merely has the number, are not taken."""
     (tmp_path / module.RECORD).write_bytes(record)
     assert Console.reopen(tmp_path) is None
+
+
+async def test_a_server_with_thousands_of_descriptors_closes_a_console(tmp_path: Path) -> None:
+    """Beyond what select(2) takes the holder is ended, and nothing is left open, as with few."""
+    with beyond_select():
+        before = len(os.listdir("/proc/self/fd"))
+        async with command(tmp_path, "echo done") as console:
+            assert await everything(console) == b"done\n"
+            holder = console._holder
+
+        assert start_time(holder) == 0
+        assert len(os.listdir("/proc/self/fd")) == before

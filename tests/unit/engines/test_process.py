@@ -15,6 +15,7 @@ import pytest
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.engines.host import process
 from clawker_cp.errors import NotFound
+from clawker_cp.testing.descriptors import no_descriptor_left
 
 LIMIT_S = 10.0
 
@@ -54,6 +55,15 @@ def test_half_a_line_of_the_status_file_is_not_read(tmp_path: Path) -> None:
     assert process.status(sandbox_in(tmp_path)) == {"child-pid": 12}
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe\x80", b"7", b"[]", b"null", b'{"exit-code": "7"}', b"[" * 100_000])
+def test_a_status_file_of_garbage_tells_nothing(tmp_path: Path, line: bytes) -> None:
+    """What a crash of the host left there ends nothing: other lines are read, else the command was killed."""
+    (tmp_path / process.STATUS_FILE).write_bytes(line + b"\n")
+    assert process.exit_code(sandbox_in(tmp_path), None) == process.UNKNOWN_EXIT
+    (tmp_path / process.STATUS_FILE).write_bytes(line + b'\n{ "exit-code": 7 }\n')
+    assert process.exit_code(sandbox_in(tmp_path), None) == 7
+
+
 def test_process_that_took_over_a_pid_is_not_ours(tmp_path: Path) -> None:
     """A pid alone does not make a sandbox living: the start time has to be the recorded one."""
     with sleeper() as child:
@@ -77,6 +87,18 @@ async def test_end_of_a_process_is_seen(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
                 assert not waiting.done()
                 child.kill()
+
+
+async def test_a_process_is_not_over_because_there_is_no_descriptor_to_watch_it(tmp_path: Path) -> None:
+    """Without a descriptor the wait goes on, and ends with the process once there is one."""
+    with sleeper() as child:
+        started = process.start_time(child.pid)
+        async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+            with no_descriptor_left():
+                waiting = group.create_task(process.wait_gone(child.pid, started))
+                await asyncio.sleep(0)
+                assert not waiting.done()
+            child.kill()
 
 
 async def test_sandbox_that_has_ended_has_no_command(tmp_path: Path) -> None:

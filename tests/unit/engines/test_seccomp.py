@@ -23,6 +23,8 @@ def judge(machine: str, arch: int, number: int, *arguments: int) -> int:
         at += 1
         if code == 0x20:
             accumulator = struct.unpack_from("<I", data, value)[0]
+        elif code == 0x54:
+            accumulator &= value
         elif code == 0x06:
             return int(value)
         else:
@@ -36,6 +38,15 @@ def test_only_four_socket_families_exist(machine: str, arch: int, call: int) -> 
     allowed = {family for family in range(64) if judge(machine, arch, call, family) == ALLOW}
     assert allowed == {1, 2, 10, 16}
     assert judge(machine, arch, call, 17) == ERRNO | errno.EAFNOSUPPORT
+
+
+@pytest.mark.parametrize(("machine", "arch", "call"), [("x86_64", X86, 41), ("aarch64", ARM, 198)])
+def test_a_packet_socket_does_not_come_by_its_old_name(machine: str, arch: int, call: int) -> None:
+    """IPv4 with the type SOCK_PACKET is AF_PACKET to the kernel, with whatever flags; the other types are made."""
+    judged = {kind: judge(machine, arch, call, 2, kind) for kind in (1, 2, 3, 5, 10, 10 | 0o2004000, 1 | 0o2004000)}
+    refused = {kind for kind, verdict in judged.items() if verdict == ERRNO | errno.EAFNOSUPPORT}
+    assert refused == {10, 10 | 0o2004000}
+    assert set(judged.values()) == {ALLOW, ERRNO | errno.EAFNOSUPPORT}
 
 
 def test_high_half_of_an_argument_does_not_matter() -> None:

@@ -30,6 +30,9 @@ def test_what_can_be_is_taken(changes: dict[str, Any]) -> None:
     [
         ({"project": "-x"}, "--project: '-x' is not a name"),
         ({"agent": ""}, "--agent: '' is not a name"),
+        ({"agent": "a\n"}, "--agent: 'a\\n' is not a name"),
+        ({"project": "x" * 256}, "xxx' is not a name"),
+        ({"env": {"A\n": "b"}}, "--env: 'A\\n' is not a variable name"),
         ({"argv": ()}, "no command to run"),
         ({"argv": ("a\0b",)}, "NUL bytes"),
         ({"env": {"A-B": "1"}}, "--env: 'A-B' is not a variable name"),

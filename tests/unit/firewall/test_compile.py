@@ -109,11 +109,9 @@ def _everything() -> Materialised:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(RULES, max_size=7))
 def test_equal_inputs_give_equal_plans(rules: list[Rule]) -> None:
-    """Down to the digest."""
+    """The same rules, compiled twice, make the same plan and the same numbers."""
     one, two = (compile_plan(list(rules), ["agent:p/a"], Topology(), Allocations(), now=0.0) for _ in range(2))
     assert one == two
-    if isinstance(one, Compiled) and isinstance(two, Compiled):
-        assert one.plan.digest == two.plan.digest != ""
 
 
 @settings(max_examples=100, deadline=None)
@@ -148,7 +146,6 @@ def test_taking_policies_over_from_the_last_compile_changes_no_result(history: l
         )
         assert fresh == quick
         if isinstance(quick, Compiled) and isinstance(fresh, Compiled):
-            assert quick.plan.digest == fresh.plan.digest
             previous, numbers = quick, quick.allocations
 
 

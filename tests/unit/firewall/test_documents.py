@@ -66,6 +66,9 @@ def test_an_empty_document_is_an_empty_set(text: str) -> None:
         ("a: &x [*x]\nrules: x", '"rules" has to be a list'),
         ("rules: !!python/object:os.system []", "not YAML"),
         ("\x00", "not YAML"),
+        ("rules: [{dst: !!bool x.com}]", "not YAML"),
+        ("rules: [{[[]]: x}]", "not YAML"),
+        ("rules: [{dst: !!int ''}]", "not YAML"),
     ],
 )
 def test_a_document_of_another_shape_is_refused(text: str, says: str) -> None:
@@ -104,10 +107,27 @@ rules:
     ]
 
 
+def test_a_few_lines_of_aliases_do_not_become_gigabytes() -> None:
+    """A list of lists that aliases make is refused by its kind; nobody writes it out."""
+    names = [f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)]
+    text = "rules:\n" + "".join(f"- {name}\n" for name in ["&a0 [x]", *names])
+    with pytest.raises(InvalidInput) as refused:
+        read_rules(text)
+
+    assert "rule has to be a mapping, is a list" in str(refused.value)
+
+
+def test_half_a_character_is_no_text() -> None:
+    """What could never be written down again is refused with its field."""
+    with pytest.raises(InvalidInput, match="comment holds half a character"):
+        read_rules('rules: [{dst: x.com, comment: "\\ud800"}]')
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """Missing, a directory, not text."""
+    """Missing, a directory, not text, without an end."""
     (tmp_path / "latin").write_bytes(b"\xff\xfe\x00")
-    for name in ("missing", ".", "latin"):
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("missing", ".", "latin", "endless"):
         with pytest.raises(InvalidInput, match="rules file"):
             read_rules_file(tmp_path / name)
 

@@ -116,6 +116,25 @@ async def test_an_agents_rules_outlast_a_refusal_of_the_kernel_and_go_with_their
         assert [one.dst for one in world.reconciler.rules] == ["b.example.com"]
 
 
+async def test_agents_that_end_together_are_forgotten_in_one_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many wait, proxy and kernel are asked once; an unknown one among them is fine."""
+    async with _world(tmp_path, monkeypatch) as world:
+        keys = [f"agent:p/{name}" for name in "abc"]
+        for key in keys:
+            await world.reconciler.put_ephemeral(key, [{"dst": f"{key[-1]}.example.com"}])
+        world.took()
+        async with asyncio.TaskGroup() as group:
+            for key in [*keys[:2], "agent:p/nobody"]:
+                group.create_task(world.reconciler.drop_ephemeral(key))
+        lines = world.took()
+
+        assert [one.dst for one in world.reconciler.rules] == ["c.example.com"]
+        assert set(world.reconciler.plan.agents) == {"agent:p/c"}
+        assert lines.count("kernel") == 1, lines
+
+
 async def test_an_agent_that_gets_rules_of_its_own_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its new number is set after the kernel has the rows and before the gate answers by it."""
     async with _world(tmp_path, monkeypatch) as world:

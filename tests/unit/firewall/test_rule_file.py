@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clawker_cp.errors import InvalidInput
 from clawker_cp.firewall.merge import merge
 from clawker_cp.firewall.rule_file import RuleFile
 from clawker_cp.firewall.rules import Rule
@@ -148,3 +149,16 @@ def test_any_history_of_changes_reads_back_as_its_last_set(history: list[list[Ru
         assert sorted(read.rules, key=lambda one: one.key) == sorted([hand, *rules], key=lambda one: one.key)
         assert "# head" in file.text and "# kept" in file.text and "last: 1" in file.text
         assert [chunk.text for chunk in read.chunks] == [chunk.text for chunk in file.chunks]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rules: [{dst: !!bool x.com}]", "rules: [{[[]]: x}]", "rules: [{dst: !!int ''}]",
+        "rules:\n- {dst: x.com, port: !!omap '443'}\n", "rules:\n- &a {<<: *a}\n",
+    ],
+)  # fmt: skip
+def test_a_file_that_the_library_stumbles_over_is_no_yaml(text: str) -> None:
+    """Whatever it raises in place of its own errors, the file is refused, so that its rules count as unreadable."""
+    with pytest.raises(InvalidInput, match="not YAML"):
+        RuleFile.parse(text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 
 import uvloop
 
@@ -32,3 +34,15 @@ def test_a_child_does_not_hold_what_libraries_left_inheritable() -> None:
         os.close(read)
         os.close(write)
     assert write in held and write not in kept
+
+
+def test_the_limit_is_raised_as_far_as_it_may_be() -> None:
+    """A process that began with a few may open as many files as its hard limit says, and knows what it had."""
+    code = (
+        "import resource; from clawker_cp.processes.descriptors import raise_limit\n"
+        "print(raise_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    script = 'ulimit -n 4000; ulimit -S -n 200; exec "$@"'
+    done = subprocess.run(["sh", "-c", script, "sh", sys.executable, "-c", code], capture_output=True, check=True)
+
+    assert done.stdout.split() == [b"200", b"4000", b"4000"]

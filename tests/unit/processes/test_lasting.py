@@ -10,6 +10,7 @@ import pytest
 
 from clawker_cp.errors import Unavailable
 from clawker_cp.processes.lasting import LastingProcess, start_time
+from clawker_cp.testing.descriptors import beyond_select
 
 
 def _make(directory: Path, *command: str) -> LastingProcess:
@@ -101,3 +102,16 @@ async def test_all_who_wait_hear_of_the_end(tmp_path: Path) -> None:
         await process.stop()
         await staying
     assert leaving.cancelled()
+
+
+async def test_an_old_one_is_ended_by_a_server_with_thousands_of_descriptors(tmp_path: Path) -> None:
+    """A number that select(2) refuses keeps nobody from ending what another start left running."""
+    first = _make(tmp_path)
+    await first.start("old")
+    pid = first.pid
+    first.let_live()
+    second = _make(tmp_path)
+    with beyond_select():
+        assert await second.start("new") is False
+        assert start_time(pid) is None
+        await second.stop()

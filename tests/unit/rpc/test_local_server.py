@@ -11,10 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from clawker_cp.errors import Conflict
 from clawker_cp.rpc.local_protocol import LocalChannel, connect
 from clawker_cp.rpc.local_server import LocalServer
+from clawker_cp.testing.descriptors import no_descriptor_left
 
 
 class World:
@@ -107,3 +109,27 @@ async def test_serving_needs_an_open_socket(tmp_path: Path) -> None:
     server = LocalServer(tmp_path / "run.sock", world, world, lambda request: request)
     with pytest.raises(Conflict, match="not open"):
         await server.serve(lambda: None)
+
+
+async def test_a_client_that_finds_no_descriptor_left_is_served_once_there_is_one(tmp_path: Path) -> None:
+    """Running out of descriptors ends neither the server nor anybody's run: who comes meanwhile waits."""
+    world, path = World(), tmp_path / "run.sock"
+    server = LocalServer(path, world, world, lambda request: request)
+    server.open()
+    gone = asyncio.Event()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        channel = await connect(path, (0, 1, 2), 1)
+        await channel.send({"op": "dance"})
+        with capture_logs() as logs, no_descriptor_left():
+            serving = group.create_task(server.serve(gone.set))
+            while not logs:
+                await asyncio.sleep(0)
+            assert not serving.done()
+        said = await channel.receive()
+        await channel.aclose()
+        await gone.wait()
+        serving.cancel()
+        server.close()
+
+    assert [one["event"] for one in logs] == ["rpc_local_waits"]
+    assert said is not None and said["code"] == "INVALID_INPUT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from urllib.parse import quote
 
@@ -117,6 +118,14 @@ def test_a_bound_names_its_limit() -> None:
     assert [dict(info.metadata) for info in infos(status)] == [{"limit": "agents"}]
 
 
+def test_having_no_descriptor_left_is_a_bound_and_no_bug() -> None:
+    """A system call that found none says which limit it was and how to raise it."""
+    status = status_of(ExceptionGroup("g", [OSError(errno.EMFILE, "m")]))
+    assert status is not None and status.code is Code.RESOURCE_EXHAUSTED
+    assert "LimitNOFILE" in status.message
+    assert [dict(info.metadata) for info in infos(status)] == [{"limit": "file descriptors"}]
+
+
 def test_of_several_reasons_the_first_in_the_contracts_order_decides() -> None:
     """A group's errors are all told, one detail per reason."""
     errors = [
@@ -133,7 +142,13 @@ def test_of_several_reasons_the_first_in_the_contracts_order_decides() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("x"), TimeoutError(), ExceptionGroup("g", [NotFound("x"), KeyError("bug")]), KeyboardInterrupt()],
+    [
+        ValueError("x"),
+        TimeoutError(),
+        OSError(errno.EIO, "x"),
+        ExceptionGroup("g", [NotFound("x"), KeyError("bug")]),
+        KeyboardInterrupt(),
+    ],
 )
 def test_what_is_not_ours_has_no_status(error: BaseException) -> None:
     """Also a group in which one error is a bug."""

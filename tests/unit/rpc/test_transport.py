@@ -8,6 +8,8 @@ import re
 import ssl
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,32 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+@asynccontextmanager
+async def serving(
+    world: RpcWorld, stderr: Path, *, before: str | None = None, first: str = ""
+) -> AsyncIterator[tuple[int, str, str]]:
+    """A server in a child: its port, whether it refuses TLS 1.2, and what its environment says of suites."""
+    environment = {key: value for key, value in os.environ.items() if key != SUITES_VARIABLE}
+    if before is not None:
+        environment[SUITES_VARIABLE] = before
+    with stderr.open("wb") as said:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CHILD.format(first=first), str(world.server.certificate), str(world.server.key),
+            str(world.ca.certificate),
+            env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=said,
+        )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        async with asyncio.timeout(30):
+            port, only, variable = (await child.stdout.readline()).decode().split()
+        yield int(port), only, variable
+    finally:
+        assert child.stdin is not None
+        child.stdin.close()
+        async with asyncio.timeout(30):
+            await child.wait()
 
 
 async def handshake(port: int, world: RpcWorld, version: ssl.TLSVersion) -> str:
@@ -95,31 +123,32 @@ def _text(value: str | bytes) -> str:
 async def test_tls_1_2_is_refused_in_the_handshake(tmp_path: Path, before: str | None, late: bool) -> None:
     """A client that offers nothing newer gets no connection; where grpc came first, its calls are refused."""
     world = RpcWorld(tmp_path)
-    environment = {key: value for key, value in os.environ.items() if key != SUITES_VARIABLE}
-    if before is not None:
-        environment[SUITES_VARIABLE] = before
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CHILD.format(first="import grpc" if late else ""), str(world.server.certificate),
-        str(world.server.key), str(world.ca.certificate),
-        env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        assert child.stdout is not None
-        async with asyncio.timeout(30):
-            port, only, variable = (await child.stdout.readline()).decode().split()
+    first = "import grpc" if late else ""
+    async with serving(world, tmp_path / "stderr", before=before, first=first) as (port, only, variable):
         assert (only, variable) == (str(not late), str(before))
-        assert await handshake(int(port), world, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+        assert await handshake(port, world, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
         if late:
             expected = (str(grpc.StatusCode.UNAUTHENTICATED.value[0]), "TLS 1.3 with a client certificate required")
-            assert await grpc_status(int(port), world) == expected
+            assert await grpc_status(port, world) == expected
         else:
-            assert await handshake(int(port), world, ssl.TLSVersion.TLSv1_2) == "refused"
-    finally:
-        assert child.stdin is not None
-        child.stdin.close()
-        async with asyncio.timeout(30):
-            await child.wait()
+            assert await handshake(port, world, ssl.TLSVersion.TLSv1_2) == "refused"
+
+
+@pytest.mark.slow
+async def test_handshakes_that_fail_fill_no_disk(tmp_path: Path) -> None:
+    """Whatever strangers send to the port before they have proved anything leaves no line on stderr."""
+    world = RpcWorld(tmp_path)
+    async with serving(world, tmp_path / "stderr") as (port, _only, _variable):
+        for data in (b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\xff\xff", bytes(64)):
+            reader, writer = await asyncio.open_connection("localhost", port)
+            writer.write(data)
+            writer.write_eof()
+            async with asyncio.timeout(20):
+                await reader.read()
+            writer.close()
+        assert await handshake(port, world, ssl.TLSVersion.TLSv1_2) == "refused"
+
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 def test_everything_in_rpc_takes_grpc_from_here() -> None:

@@ -5,13 +5,14 @@ Supervised parts: retried with back-off, reported, red meanwhile.
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 import structlog
 
 from clawker_cp.config import RETRY_MAX_S, STABLE_AFTER_S
 from clawker_cp.runtime.health import Health, HealthRegistry
-from clawker_cp.runtime.tasks import cancelled, leaf_text, supervise, wait_ended
+from clawker_cp.runtime.tasks import cancelled, in_thread_to_the_end, leaf_text, supervise, wait_ended
 from clawker_cp.testing.clock import FakeClock
 
 
@@ -166,3 +167,42 @@ def test_a_group_is_told_by_its_first_failure() -> None:
     """However deep it lies."""
     group = ExceptionGroup("a", [ExceptionGroup("b", [ValueError("inner")]), OSError("other")])
     assert leaf_text(group) == "ValueError: inner" and leaf_text(OSError("x")) == "OSError: x"
+
+
+async def test_a_call_in_a_thread_is_over_when_its_caller_goes_on() -> None:
+    """However often it is cancelled, it returns only when the thread is done, and then as cancelled."""
+    begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def call() -> None:
+        begun.set()
+        assert go_on.wait(10)
+        done.append(True)
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        task = group.create_task(in_thread_to_the_end(call))
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0)
+            assert not task.done()
+        go_on.set()
+        await asyncio.wait([task])
+
+    assert task.cancelled() and done == [True]
+
+
+async def test_a_call_in_a_thread_gives_what_it_returns_or_raises() -> None:
+    """Without a cancellation it is an ordinary call; a failure that a cancellation hides is not told as unread."""
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    assert await in_thread_to_the_end(lambda: 7) == 7
+    with pytest.raises(ValueError, match="no"):
+        await in_thread_to_the_end(fail)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(in_thread_to_the_end(fail))
+        await asyncio.sleep(0)
+        task.cancel()
+    assert task.cancelled()

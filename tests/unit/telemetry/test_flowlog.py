@@ -5,6 +5,7 @@ Where records go, and that nothing on the way holds up who sends them.
 from __future__ import annotations
 
 import asyncio
+import gzip
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import structlog
 from clawker_cp.config import FLOW_BUFFER, FLOWS_WAITING
 from clawker_cp.telemetry import flowlog as module
 from clawker_cp.telemetry.flowlog import FlowLog
-from clawker_cp.telemetry.flows import DENIED, Flow, FlowFilter, Loss, decode
+from clawker_cp.telemetry.flows import DENIED, Flow, FlowFilter, Loss, decode, encode_lines
 from clawker_cp.telemetry.rotation import RotatingFile
 
 
@@ -131,6 +132,22 @@ async def test_search_in_memory_file_and_backups(tmp_path: Path, monkeypatch: py
     assert log.find("k-c-300") is None
     assert await log.search("k-c-100000") is None
     assert await log.search('"},') is None
+
+
+@pytest.mark.parametrize("spoilt", [b"no gzip", b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + b"\xff" * 100, b"\x1f\x8b", None])
+async def test_a_spoilt_backup_hides_none_of_the_others(tmp_path: Path, spoilt: bytes | None) -> None:
+    """Whatever is wrong with one, or in its place, records of older ones are found and unknown ones are None."""
+    path = tmp_path / "flows.jsonl"
+    if spoilt is None:
+        (tmp_path / "flows.jsonl.1.gz").mkdir()
+    else:
+        (tmp_path / "flows.jsonl.1.gz").write_bytes(spoilt)
+    (tmp_path / "flows.jsonl.2.gz").write_bytes(gzip.compress(encode_lines(make(3))))
+    log = FlowLog(path)
+
+    found = await log.search("k-c-2")
+    assert found is not None and found.sequence == 2
+    assert await log.search("k-c-9") is None
 
 
 async def test_search_finds_what_is_not_yet_written(tmp_path: Path) -> None:

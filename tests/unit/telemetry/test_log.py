@@ -4,9 +4,11 @@ The log: whole lines of JSON, nothing secret in them, and nobody waits for it.
 
 from __future__ import annotations
 
+import fcntl
 import inspect
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import structlog
 from clawker_cp import errors
 from clawker_cp.config import LOG_LINES_WAITING
 from clawker_cp.errors import CapacityExceeded, ClawkerError, Unsupported
-from clawker_cp.telemetry.log import LOG_FILE, LogSink, configure
+from clawker_cp.telemetry.log import LOG_FILE, STDERR, LogSink, configure
 
 PEM = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ\n-----END PRIVATE KEY-----"
 JWT = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
@@ -129,7 +131,7 @@ def test_full_queue_drops_and_counts(tmp_path: Path) -> None:
     for _ in range(LOG_LINES_WAITING + 3):
         sink.msg(b"x\n")
 
-    assert sink.statistics() == {"dropped": 3, "unwritten": 0, "waiting": LOG_LINES_WAITING}
+    assert sink.statistics() == {"dropped": 3, "unwritten": 0, "unread": 0, "waiting": LOG_LINES_WAITING}
 
 
 def test_unwritable_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -142,3 +144,33 @@ def test_unwritable_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 
     assert sink.statistics()["unwritten"] >= 1
     assert capfd.readouterr().err.count("file_logger_unavailable") == 1
+
+
+def test_nobody_who_reads_stderr_holds_the_file_up(tmp_path: Path) -> None:
+    """With a full pipe on standard error every line reaches the file; read again, whole lines come there too."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    kept = os.dup(STDERR)
+    os.dup2(writing, STDERR)
+    try:
+        sink = LogSink(tmp_path / "f")
+        sink.start()
+        for number in range(200):
+            sink.msg(b'{"number":%d,"text":"%s"}\n' % (number, b"x" * 100))
+        sink.close()
+        unread = sink.statistics()["unread"]
+        first = os.read(reading, 4096)
+        again = LogSink(tmp_path / "f")
+        again.start()
+        again.msg(b'{"number":200}\n')
+        again.close()
+        os.close(writing)
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+    later = os.read(reading, 8192)
+    os.close(reading)
+
+    assert [json.loads(line)["number"] for line in (tmp_path / "f").read_text().splitlines()] == list(range(201))
+    assert unread > 100 and first.startswith(b'{"number":0,')
+    assert later.splitlines()[-1] == b'{"number":200}'

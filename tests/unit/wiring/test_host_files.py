@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.config import Directories
-from clawker_cp.errors import Conflict
+from clawker_cp.errors import Conflict, Unavailable
 from clawker_cp.wiring import host_files
-from clawker_cp.wiring.host_files import make_directories, take_pid_file, write_bundle
+from clawker_cp.wiring.host_files import alone, make_directories, server_runs, take_pid_file, write_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,35 @@ def test_one_server_holds_the_pid_file(tmp_path: Path) -> None:
 
     assert refused.value.code == "ALREADY_RUNNING" and "joins" in (refused.value.hint or "")
     assert written == f"{os.getpid()}\n"
+
+
+def test_a_server_is_seen_by_who_may_only_read(tmp_path: Path) -> None:
+    """The pid file says it while it is held, whatever is in it; one that cannot be read is nobody's."""
+    path = tmp_path / "run" / "cp.pid"
+    path.parent.mkdir()
+    seen = [server_runs(path)]
+    with take_pid_file():
+        seen.append(server_runs(path))
+    seen.append(server_runs(path))
+
+    assert seen == [False, True, False]
+
+
+def test_what_is_done_alone_is_refused_to_a_second_until_it_is_over(tmp_path: Path) -> None:
+    """The refusal names who does it; a failure inside lets go too, and a directory that cannot be made is an error."""
+    path = tmp_path / "data" / "lock"
+    with (
+        alone(path, "the work"),
+        pytest.raises(Conflict, match=rf"the work is at work already, as process {os.getpid()}"),
+    ):
+        with alone(path, "the work"):
+            pass
+    with pytest.raises(ZeroDivisionError), alone(path, "the work"):
+        _ = 1 / 0
+    with alone(path, "the work"):
+        pass
+    with pytest.raises(Unavailable, match="cannot write"), alone(path / "below a file", "the work"):
+        pass
 
 
 def test_the_bundle_is_roots_and_our_own(tmp_path: Path) -> None:

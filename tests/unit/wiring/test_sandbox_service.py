@@ -38,6 +38,7 @@ class Processes:
         self.enrolled: set[str] = set()
         self.refuse: Unavailable | None = None
         self.held: asyncio.Event | None = None
+        self.undead = False
 
     def living(self) -> list[Sandbox]:
         return list(self.made.values())
@@ -68,12 +69,17 @@ class Processes:
     async def signal(self, sandbox_id: str, signo: int) -> None:
         self.running[sandbox_id].send_signal(signo)
 
-    async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
+    async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
+        if self.undead:
+            raise Unavailable("a process of it does not end")
         process = self.running.get(sandbox_id)
         if process is not None:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+    async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
+        await self.stop(sandbox_id, grace_s=grace_s)
         self.made.pop(sandbox_id, None)
 
     async def put_ephemeral(self, key: str, rules: str, *, learn: bool) -> int:
@@ -260,6 +266,22 @@ async def test_only_force_removes_what_runs(world: World) -> None:
                 await act
 
 
+async def test_one_that_cannot_be_taken_away_stays_listed(world: World) -> None:
+    """The caller is told that it is tried again, the row stays; once it could be ended it is forgotten."""
+    async with serving(world.service):
+        one = await world.start()
+        world.engine.undead = True
+        with pytest.raises(Unavailable, match="cannot be taken away now") as refused:
+            await world.service.remove(one, force=True, grace_s=0)
+        assert "tried again" in (refused.value.hint or "")
+        assert world.states() == {one: SandboxState.RUNNING} and world.engine.enrolled == {one}
+        world.engine.undead = False
+        assert await world.lives.retry() == [one]
+        await world.ended()
+        world.service.ended_late([one])
+        assert world.states() == {} and world.engine.enrolled == set()
+
+
 async def test_one_that_has_ended_is_removed_by_its_id(world: World) -> None:
     """Row and streams go; no force is needed."""
     async with serving(world.service):
@@ -305,7 +327,7 @@ async def test_the_next_server_takes_streams_and_end_over(world: World) -> None:
     world.service = world.another()
     async with serving(world.service):
         sandbox = world.engine.made[one]
-        await world.lives.adopt(sandbox, LifeRequest(sandbox.spec, ""))
+        await world.lives.adopt(world.lives.adoptee(sandbox, LifeRequest(sandbox.spec, "")), sandbox)
         assert world.service.adopt(sandbox)
         async with world.service.attach(one) as attached, asyncio.timeout(LIMIT_S):
             await attached.streams.write(b"4\n")

@@ -48,12 +48,17 @@ def up(session: Session, /, *, image: str, wait_s: float) -> None:
 
 
 @click.command("down")
+@click.option("--image", default=IMAGE, show_default=True,
+              help="Image that clears the kernel when the control plane's own is gone.")  # fmt: skip
 @click.pass_obj
-def down(session: Session, /) -> None:
+def down(session: Session, /, *, image: str) -> None:
     """
     Drain the control plane and remove its container. Refused while agents run.
+
+    Of one that was killed, is stopped or is gone, what it left goes: containers beside it, programs, maps, pins
+    and packet filters.
     """
-    _show(session, _with_life(lambda life: life.down()))
+    _show(session, _with_life(lambda life: life.down(image)))
 
 
 def container_state() -> dict[str, Any] | None:

@@ -13,11 +13,11 @@ from datetime import datetime
 from typing import Any
 
 from clawker_cp.engines.base import AgentContainer, AgentNetwork, Publish
+from clawker_cp.runtime.agent_names import is_name
 
 LABEL = "dev.clawker."
 MANAGED = {f"{LABEL}managed": "true"}
 AGENTS = {**MANAGED, f"{LABEL}purpose": "agent"}
-NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 ID = re.compile(r"[0-9a-f]{64}")
 MIN_PREFIX = 12
 _MAX_PORT = 65535
@@ -56,9 +56,9 @@ def identity_problem(container: AgentContainer) -> str:
 
     Such a container is enrolled as denied: whose rules would it have?
     """
-    if not NAME.fullmatch(container.agent):
+    if not is_name(container.agent):
         return f"label {LABEL}agent is {'missing' if not container.agent else repr(container.agent[:80])}, not a name"
-    if container.project and not NAME.fullmatch(container.project):
+    if container.project and not is_name(container.project):
         return f"label {LABEL}project is {container.project[:80]!r}, not a name"
     return ""
 

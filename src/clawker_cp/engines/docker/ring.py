@@ -19,6 +19,7 @@ from clawker_cp.engines.docker.ring_rules import Pin, Rules
 from clawker_cp.engines.host.commands import host_netns, in_host, run
 from clawker_cp.engines.host.direct import DirectPaths, bare, source_of
 from clawker_cp.engines.host.ring import DEFAULT_GROUP
+from clawker_cp.engines.host.tables import PREFIX
 from clawker_cp.errors import Unavailable, Unsupported
 
 log = structlog.get_logger()
@@ -46,7 +47,7 @@ class DockerRing(DirectPaths):
         extra_tuples: Sequence[tuple[str, int]] = (),
         host_pid: int = 1,
     ) -> None:
-        super().__init__(f"clawker_{network.bridge}", ("inet", "bridge"))
+        super().__init__(f"{PREFIX}{network.bridge}", ("inet", "bridge"))
         self._bridge = network.bridge
         self._group = group
         self._host_pid = host_pid

@@ -30,9 +30,11 @@ CA_VARIABLES = (
     "CARGO_HTTP_CAINFO", "DENO_CERT", "NIX_SSL_CERT_FILE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
 )  # fmt: skip
 
-# $1 = namespace file, $2 = how many cgroup directories follow, then those, then the command.
+OPEN_FILES = 1024  # what programs that know nothing of limits are made for
+
+# $1 = namespace file, $2 = limit on open files, $3 = how many cgroup directories follow, then those, then the command.
 _STAGE = """
-ns=$1 n=$2; shift 2
+ns=$1 n=$3; ulimit -S -n "$2" || exit 125; shift 3
 while [ "$n" -gt 0 ]; do echo 0 > "$1/cgroup.procs" || exit 125; shift; n=$((n - 1)); done
 umask 022
 exec nsenter --net="$ns" -- "$@"
@@ -43,12 +45,19 @@ _START = 'cd -- "$1" && unset OLDPWD || exit 125; shift; exec "$@"'
 
 
 def command_line(
-    sandbox: Sandbox, cgroups: Sequence[Path], netns: Path, *, args_fd: int, status_fd: int, seccomp_fd: int
+    sandbox: Sandbox,
+    cgroups: Sequence[Path],
+    netns: Path,
+    *,
+    args_fd: int,
+    status_fd: int,
+    seccomp_fd: int,
+    open_files: int = OPEN_FILES,
 ) -> list[str]:
     """
     The whole argument list; the descriptors have to be inherited (`seccomp_fd` -1 = no filter).
     """
-    line = ["/bin/sh", "-c", _STAGE, "stage", str(netns), str(len(cgroups)), *map(str, cgroups)]
+    line = ["/bin/sh", "-c", _STAGE, "stage", str(netns), str(open_files), str(len(cgroups)), *map(str, cgroups)]
     line += ["bwrap", "--args", str(args_fd), "--json-status-fd", str(status_fd)]
     if seccomp_fd >= 0:
         line += ["--seccomp", str(seccomp_fd)]

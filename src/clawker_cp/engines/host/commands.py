@@ -5,6 +5,7 @@ Running the system's own tools (`ip`, `nft`, `bridge`) with a limit and a readab
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -67,10 +68,14 @@ async def run(*command: str, text: str = "", check: bool = True) -> str:
     try:
         async with asyncio.timeout(LIMIT_S):
             output, errors = await process.communicate(text.encode() or None)
-    except TimeoutError as error:
-        process.kill()
+    except BaseException as error:
+        # Also when cancelled: it would wait for the rest of its input as long as we live.
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
-        raise DeadlineExceeded(f"{command[0]} did not end within {LIMIT_S:.0f} s") from error
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded(f"{command[0]} did not end within {LIMIT_S:.0f} s") from error
+        raise
     if check and process.returncode:
         words = errors.decode("utf-8", "replace").strip().splitlines()
         raise Unavailable(f"{' '.join(command[:4])}: {words[0] if words else f'exit {process.returncode}'}")

@@ -320,7 +320,9 @@ def _end_holder(pid: int, started: int, child: subprocess.Popen[bytes] | None) -
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             os.kill(pid, signal.SIGKILL)
-            select.select([pidfd], [], [], END_LIMIT_S)
+            ended = select.poll()  # select() refuses descriptors above 1023, of which a busy server has many
+            ended.register(pidfd, select.POLLIN)
+            ended.poll(END_LIMIT_S * 1000)
             os.close(pidfd)
     if child is not None:
         child.wait()

@@ -22,6 +22,7 @@ import structlog
 
 from clawker_cp.engines.base import AgentNetwork, RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
+from clawker_cp.engines.host.bubble import OPEN_FILES
 from clawker_cp.engines.host.filesystem import check_view, etc_files
 from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.engines.host.publish import Publisher
@@ -30,6 +31,7 @@ from clawker_cp.engines.host.ring import DEFAULT_GROUP, HostRing, forwarding, se
 from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets, list_sockets
 from clawker_cp.engines.host.spec_check import check_spec
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
+from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
 
@@ -60,6 +62,7 @@ class HostEngine:
         with_ring: bool = True,
         extra_tuples: Sequence[tuple[str, int]] = (),
         ring_group: int = DEFAULT_GROUP,
+        open_files: int = OPEN_FILES,
         on_drop: Callable[[RingEvent], None] | None = None,
     ) -> None:
         self._state = state_dir / "sandboxes"
@@ -71,6 +74,7 @@ class HostEngine:
         self._ca_dir = ca_dir
         self.ring = HostRing(bridge, subnet, self.gateway, group=ring_group, extra_tuples=extra_tuples)
         self._with_ring = with_ring
+        self._open_files = open_files
         self._on_drop = on_drop
         self._log: RingLog | None = None
         self._pool = network.AddressPool(subnet)
@@ -82,6 +86,7 @@ class HostEngine:
         self._ended: dict[str, int] = {}
         self._creating = asyncio.Lock()
         self._removing: dict[str, asyncio.Event] = {}
+        self._left: set[str] = set()
 
     name = "host"
     session_port = 0  # its sandboxes run no agent daemon (R32)
@@ -218,23 +223,29 @@ class HostEngine:
 
     async def run(self, sandbox_id: str, streams: tuple[int, int, int]) -> None:
         """
-        Start the command on the given streams (which stay the caller's).
+        Start the command on the given streams, which stay the caller's and are open until this returns or raises.
         """
         sandbox = self._known(sandbox_id)
         if sandbox.pid:
             raise Conflict(f"sandbox {sandbox_id[:12]} was started already")
         extra = self._limiter.joined(sandbox.cgroup_path.name) if self._limiter is not None else []
-        started = await asyncio.to_thread(
-            process.launch,
-            sandbox,
-            streams,
-            cgroups=[sandbox.cgroup_path, *extra],
-            netns=network.namespace_path(sandbox.netns),
-            masked=self._masked,
-            ca_dir=self._ca_dir,
-        )
-        self._processes[sandbox_id] = started
-        sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+
+        def start() -> None:
+            started = process.launch(
+                sandbox,
+                streams,
+                cgroups=[sandbox.cgroup_path, *extra],
+                netns=network.namespace_path(sandbox.netns),
+                masked=self._masked,
+                ca_dir=self._ca_dir,
+                open_files=self._open_files,
+            )
+            self._processes[sandbox_id] = started
+            sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+
+        # A caller that was cancelled closes the streams, and their numbers are given to the next that asks: the
+        # command would write into that, be it the input of an `nft` that we run.
+        await in_thread_to_the_end(start)
         write_record(sandbox)
 
     async def wait(self, sandbox_id: str) -> int:
@@ -275,17 +286,27 @@ class HostEngine:
         process.kill_init(self._known(sandbox_id))
         await cgroups.kill(self._known(sandbox_id).cgroup_path, KILL_LIMIT_S)
 
+    async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
+        """
+        End every process of a sandbox, first with SIGTERM and its grace; one that is gone is fine.
+        """
+        while sandbox_id in self._removing:
+            await self._removing[sandbox_id].wait()
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is not None:
+            await self._stop(sandbox, grace_s)
+
     async def remove(self, sandbox_id: str, *, force: bool, grace_s: float) -> None:
         """
         End a sandbox and take everything of it away; one that is gone is fine.
 
-        Raises `Conflict` AGENT_RUNNING for a running one without `force`.
+        Raises `Conflict` AGENT_RUNNING for a running one without `force`. What fails leaves it listed, with its name
+        and its address, for the next call.
         """
+        while sandbox_id in self._removing:
+            await self._removing[sandbox_id].wait()
         sandbox = self._sandboxes.get(sandbox_id)
         if sandbox is None:
-            return
-        if sandbox_id in self._removing:
-            await self._removing[sandbox_id].wait()
             return
         if not force and (process.runs(sandbox) or cgroups.is_populated(sandbox.cgroup_path)):
             raise Conflict(f"sandbox {sandbox_id[:12]} is running", code="AGENT_RUNNING", hint="remove it with force")
@@ -293,13 +314,20 @@ class HostEngine:
         try:
             await self._stop(sandbox, grace_s)
             await self._take_apart(sandbox)
-        finally:
             self._sandboxes.pop(sandbox_id, None)
             started = self._processes.pop(sandbox_id, None)
             if started is not None:
                 started.poll()
+        finally:
+            (self._left.add if sandbox_id in self._sandboxes else self._left.discard)(sandbox_id)
             del self._removing[sandbox_id]
             done.set()
+
+    def left(self) -> list[str]:
+        """
+        Ids of sandboxes whose removal was begun and has not succeeded.
+        """
+        return sorted(self._left)
 
     async def cut(self, sandbox_id: str, match: Callable[[SocketInfo], bool]) -> int:
         """
@@ -391,8 +419,7 @@ class HostEngine:
         await self._publisher.withdraw(sandbox.id)
         if self._with_ring:
             await self.ring.unpin(sandbox.interface, sandbox.address)
-        await network.forget_neighbour(sandbox.address, self._bridge)
-        await network.remove_sandbox(sandbox.netns, sandbox.interface)
+        await network.remove_sandbox(sandbox.netns, sandbox.interface, (sandbox.address, self._bridge))
         await cgroups.clear(sandbox.cgroup_path, KILL_LIMIT_S)
         if self._limiter is not None:
             await self._limiter.clear(sandbox.cgroup_path.name, KILL_LIMIT_S)

@@ -202,21 +202,16 @@ async def add_sandbox(name: str, interface: str, bridge: str, address: str, subn
         raise
 
 
-async def remove_sandbox(name: str, interface: str) -> None:
+async def remove_sandbox(name: str, interface: str, neighbour: tuple[str, str] | None = None) -> None:
     """
-    Take a namespace and its veth away; what is gone already is fine.
+    Take a namespace, its veth and its fixed `neighbour` (address, bridge) away; what is gone already is fine.
     """
-    if interface:
-        await run("ip", "link", "del", interface, check=False)
-    if name and namespace_path(name).exists():
-        await run("ip", "netns", "del", name, check=False)
-
-
-async def forget_neighbour(address: str, bridge: str) -> None:
-    """
-    Drop the fixed neighbour of a sandbox that is gone.
-    """
-    await run("ip", "neigh", "del", address, "dev", bridge, check=False)
+    # One process for all: starting one takes longer than what it does.
+    batch = [f"neigh del {neighbour[0]} dev {neighbour[1]}"] if neighbour else []
+    batch += [f"link del {interface}"] if interface else []
+    batch += [f"netns del {name}"] if name and namespace_path(name).exists() else []
+    if batch:
+        await run("ip", "-force", "-batch", "-", text="\n".join(batch) + "\n", check=False)
 
 
 async def leftovers(prefix: str, bridge: str) -> tuple[list[str], list[str]]:

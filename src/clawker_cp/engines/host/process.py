@@ -26,6 +26,7 @@ from clawker_cp.errors import NotFound, Unavailable
 STATUS_FILE = "status"
 START_LIMIT_S = 10.0
 POLL_S = 0.005
+DESCRIPTOR_PAUSE_S = 0.1
 UNKNOWN_EXIT = 137  # killed before it could say
 OWN_FAILURE = 125  # ruling R40: the sandbox could not be set up
 # Signals that a terminal or a shell sends to a whole job; others are for the command alone.
@@ -42,6 +43,7 @@ def launch(
     netns: Path,
     masked: Sequence[Path],
     ca_dir: Path | None,
+    open_files: int,
 ) -> subprocess.Popen[bytes]:
     """
     Start the stages of a sandbox on the given streams; returns at once. Blocks for the fork.
@@ -56,7 +58,9 @@ def launch(
         if sandbox.spec.seccomp:
             seccomp = _memory_file("filter", filter_program())
             opened.append(seccomp)
-        line = command_line(sandbox, cgroups, netns, args_fd=args, status_fd=status, seccomp_fd=seccomp)
+        line = command_line(
+            sandbox, cgroups, netns, args_fd=args, status_fd=status, seccomp_fd=seccomp, open_files=open_files
+        )
         return subprocess.Popen(
             line,
             stdin=streams[0],
@@ -87,14 +91,16 @@ def status(sandbox: Sandbox) -> dict[str, int]:
     """
     known: dict[str, int] = {}
     try:
-        text = (sandbox.directory / STATUS_FILE).read_text()
+        data = (sandbox.directory / STATUS_FILE).read_bytes()
     except OSError:
         return known
-    for line in text.splitlines():
+    for line in data.splitlines():
         try:
-            known.update(orjson.loads(line))
+            said = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
+        if isinstance(said, dict):
+            known |= {key: value for key, value in said.items() if isinstance(value, int)}
     return known
 
 
@@ -134,10 +140,15 @@ async def wait_gone(pid: int, started: int = 0) -> None:
     """
     Wait until a process that need not be our child has ended; `started` tells it from a later one.
     """
-    try:
-        pidfd = os.pidfd_open(pid)
-    except (ProcessLookupError, ValueError, OSError):
-        return
+    while True:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except (ProcessLookupError, ValueError):
+            return
+        except OSError:  # no descriptor is to be had: that says nothing about the process
+            await asyncio.sleep(DESCRIPTOR_PAUSE_S)
+        else:
+            break
     if started and start_time(pid) not in {0, started}:
         os.close(pidfd)
         return

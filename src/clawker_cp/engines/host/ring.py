@@ -17,6 +17,7 @@ import structlog
 from clawker_cp.engines.host.commands import run
 from clawker_cp.engines.host.direct import Direct, DirectPaths, disjoint, source_of
 from clawker_cp.engines.host.network import interface_prefix, mac_of
+from clawker_cp.engines.host.tables import PREFIX
 from clawker_cp.errors import Unavailable
 
 __all__ = ["Direct", "HostRing", "disjoint"]
@@ -54,12 +55,13 @@ class HostRing(DirectPaths):
         group: int = DEFAULT_GROUP,
         extra_tuples: Sequence[tuple[str, int]] = (),
     ) -> None:
-        super().__init__(f"clawker_{bridge}")
+        super().__init__(f"{PREFIX}{bridge}")
         self._bridge = bridge
         self._subnet = subnet
         self._gateway = gateway
         self._group = group
         self._extra = tuple(extra_tuples)
+        self._leaving: set[tuple[str, str]] = set()  # what `unpin` was called for and has not done
 
     @property
     def group(self) -> int:
@@ -117,11 +119,25 @@ class HostRing(DirectPaths):
     async def unpin(self, interface: str, address: str) -> None:
         """
         Take back everything a sandbox was given; what is gone already is fine.
+
+        Those that wait for the same lock go in one transaction.
         """
-        pin = f"element {self._frames} pins {{ {_pin(interface, address)} }}"
-        async with self._lock:
-            await self._nft(f"add {pin}\ndelete {pin}\n{await self._withdrawn({address})}{self._end(address)}")
-            self._forget({address})
+        mine = (interface, address)
+        self._leaving.add(mine)
+        try:
+            async with self._lock:
+                if mine in self._leaving:
+                    await self._take_back(sorted(self._leaving))
+        finally:
+            self._leaving.discard(mine)  # a failure is each caller's own to repeat
+
+    async def _take_back(self, leaving: Sequence[tuple[str, str]]) -> None:
+        addresses = {address for _interface, address in leaving}
+        pins = f"element {self._frames} pins {{ {', '.join(_pin(*one) for one in leaving)} }}"
+        ended = "".join(self._end(address) for address in sorted(addresses))
+        await self._nft(f"add {pins}\ndelete {pins}\n{await self._withdrawn(addresses)}{ended}")
+        self._forget(addresses)
+        self._leaving.difference_update(leaving)
 
     def _refused(self, reason: str, what: str = "") -> str:
         # What is one agent's noise must not hide another's: the budget of records is per interface.

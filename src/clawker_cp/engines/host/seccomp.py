@@ -17,13 +17,15 @@ from collections.abc import Iterable
 from clawker_cp.errors import Unsupported
 
 _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
-_LOAD, _JUMP_EQUAL, _JUMP_AND, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
+_LOAD, _AND, _JUMP_EQUAL, _JUMP_AND, _JUMP_AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; arguments are 8 bytes, low half first
 _X32_BIT = 0x40000000
 
 _CLONE_NEWUSER = 0x10000000
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
+# The old name of a packet socket: the kernel makes one of AF_INET with this type (socket(2)).
+_SOCK_PACKET, _TYPE_MASK = 10, 0xF
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 # name -> number, per machine; clone3 answers ENOSYS because its flags are behind a pointer.
@@ -103,6 +105,8 @@ def filter_program(machine: str | None = None) -> bytes:
         # Over the remaining comparisons and the refusal, to the allowing end.
         allowed.append((_JUMP_EQUAL, len(_FAMILIES) - index, 0, family))
     program += _when(calls["socket"], 0, [*allowed, (_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT)])
+    old = [(_AND, 0, 0, _TYPE_MASK), (_JUMP_EQUAL, 0, 1, _SOCK_PACKET), (_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT)]
+    program += _when(calls["socket"], 1, old)
     program.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(_INSTRUCTION.pack(code, yes, no, value) for code, yes, no, value in program)
 

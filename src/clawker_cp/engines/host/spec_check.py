@@ -11,11 +11,11 @@ import re
 from clawker_cp.engines.base import SandboxSpec
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.errors import InvalidInput
+from clawker_cp.runtime.agent_names import is_name
 
 MAX_PORT = 65535
 MAX_ID = 2**32 - 1
-_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$")
-_VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def check_spec(spec: SandboxSpec) -> None:
@@ -23,15 +23,15 @@ def check_spec(spec: SandboxSpec) -> None:
     Raise `InvalidInput` with every problem of a spec's own fields, each named.
     """
     problems = []
-    if spec.project and not _NAME.match(spec.project):
-        problems.append(f"--project: {spec.project!r} is not a name")
-    if not _NAME.match(spec.agent):
-        problems.append(f"--agent: {spec.agent!r} is not a name")
+    if spec.project and not is_name(spec.project):
+        problems.append(f"--project: {spec.project[:80]!r} is not a name")
+    if not is_name(spec.agent):
+        problems.append(f"--agent: {spec.agent[:80]!r} is not a name")
     if not spec.argv or not spec.argv[0]:
         problems.append("no command to run: write it after --")
     if any("\0" in text for text in (*spec.argv, *spec.env, *spec.env.values(), spec.workdir)):
         problems.append("command, environment, workdir: NUL bytes are not possible")
-    problems += [f"--env: {name!r} is not a variable name" for name in spec.env if not _VARIABLE.match(name)]
+    problems += [f"--env: {name!r} is not a variable name" for name in spec.env if not _VARIABLE.fullmatch(name)]
     if spec.uid == 0 and not spec.allow_root:
         problems.append("the command would run as root: add --allow-root if that is meant")
     if not (0 <= spec.uid < MAX_ID and 0 <= spec.gid < MAX_ID):

@@ -173,6 +173,12 @@ def local_replies() -> dict[str, Any]:
                 "filter": _status("GE", 500),
                 "body_format_override": _body("origin_error", "origin_error", of_route[1]),
             },
+            # Of an upgrade alone: the origin took it for an ordinary request, and its success is none.
+            {
+                "filter": _status("LE", 399),
+                "status_code": 502,
+                "body_format_override": _body("origin_error", "origin_error", of_route[1]),
+            },
             {"filter": _status("EQ", 421), "body_format_override": _body("request_refused", *of_route)},
         ],
         "body_format": _body("request_refused", "request_refused", of_route[1]),

@@ -77,9 +77,11 @@ class Ring:
     def __init__(self) -> None:
         self.admitted: dict[str, Admitted] = {}
         self.open: dict[str, float | None] = {}
+        self.transactions = 0
 
     async def admit_each(self, wanted: Mapping[str, Admitted]) -> None:
         self.admitted.update(wanted)
+        self.transactions += 1
 
     async def admit_all(self, address: str, seconds: float | None) -> None:
         self.open[address] = seconds
@@ -209,6 +211,16 @@ async def test_agents_behind_one_address_share_what_either_may_begin(world: Worl
     await world.enforcement.isolate(shared)
     assert world.ring.admitted[ONE.address].direct == ()
     assert world.ring.admitted[ONE.address].listeners == own
+
+
+async def test_agents_that_are_adopted_together_are_one_transaction_of_the_ring(world: World) -> None:
+    """Each has the listeners of its policy before it is enrolled; for nobody nothing is asked."""
+    await world.enforcement.admit_coming([])
+    assert world.ring.transactions == 0
+    await world.enforcement.admit_coming([ONE, replace(TWO, quarantined=True)])
+    assert world.ring.transactions == 1
+    assert (TCP, world.egress) in world.ring.admitted[ONE.address].listeners
+    assert world.ring.admitted[TWO.address] == Admitted() and world.manager.agents() == {}
 
 
 async def test_a_move_admits_both_policies_until_the_rows_have_moved(world: World) -> None:
