@@ -285,8 +285,8 @@ async def test_an_agent_that_is_learnt_is_never_cut(world: World) -> None:
     learnt = replace(ONE, learn=True)
     await world.enroll(learnt)
     world.engine.open(learnt, "203.0.113.9", 22)
-    await world.enforcement.open_until(learnt, NEVER, 30)
     assert await world.change(build(allocations=world.compiled.allocations)) == 0
+    await world.enforcement.open_until(learnt, NEVER, 30)
     assert await world.enforcement.end_bypass(world.known(learnt)) == 0
     assert world.engine.left(learnt) == [("203.0.113.9", 22)] and world.ring.open == {ONE.address: None}
 

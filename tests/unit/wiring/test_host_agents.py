@@ -39,7 +39,7 @@ from clawker_cp.wiring.reports import Reports
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
-LASTING = ("sh", "-c", "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done")
+LASTING = ("sh", "-c", "trap 'exit 5' TERM; trap 'exit 6' USR1; echo up; while :; do sleep 0.05; done")
 RULES = "rules:\n- dst: a.example.com\n"
 LIMIT_S = 20.0
 
@@ -214,14 +214,16 @@ async def test_the_servers_own_sandbox_waits_for_nobody(place: Place, monkeypatc
     first = place.server()
     async with first.serving():
         own = await first.create("own")
+    theirs = await place.client_sandbox("theirs")
     second = place.server()
     async with second.serving(), asyncio.timeout(LIMIT_S):
+        await eventually(lambda: theirs not in {one.id for one in second.side.living()}, "the unclaimed one's end")
         async with second.side.sandboxes.attach(own) as attached:
-            await attached.signal(signal.SIGTERM)
-            assert await attached.exit_code() == 5
+            await attached.signal(signal.SIGUSR1)
+            assert await attached.exit_code() == 6
         await second.idle.wait()
     row = second.rows.get(own)
-    assert row is not None and (row.state, row.exit_code) == (SandboxState.EXITED, 5)
+    assert row is not None and (row.state, row.exit_code) == (SandboxState.EXITED, 6)
 
 
 async def test_the_server_is_idle_with_the_last_sandbox_and_not_before(place: Place) -> None:

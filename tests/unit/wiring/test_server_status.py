@@ -215,13 +215,13 @@ async def test_a_broken_key_is_red_and_named(world: World) -> None:
 
 async def test_restarts_of_the_proxy_are_counted_once_each(world: World) -> None:
     """However many happened between two questions."""
-    world.parts.restarts = 2
-    await world.says("envoy")
-    world.parts.restarts = 3
-    await world.says("envoy")
-    await world.says("envoy")
-    found = world.health.component("envoy")
-    assert found is not None and found.restarts == 3
+    counted = []
+    for world.parts.restarts in (3, 3, 4):
+        await world.says("envoy")
+        found = world.health.component("envoy")
+        assert found is not None
+        counted.append(found.restarts)
+    assert counted == [3, 3, 4]
 
 
 @pytest.mark.root
