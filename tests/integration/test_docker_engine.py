@@ -1,204 +1,37 @@
-"""The Docker engine with a real daemon, on a machine of the test's own."""
+"""The Docker engine with a real daemon, on a machine of the test's own: who there is, and what is done to them."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-import json
-import socket
 import tarfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator
 
-import docker as sdk
 import pytest
 import pytest_asyncio
 
-from clawker_cp.config import NetworkSettings, Octets
 from clawker_cp.engines.base import Publish
 from clawker_cp.engines.docker import network as agents_network
 from clawker_cp.engines.docker.containers import identity_problem
 from clawker_cp.engines.docker.engine import DockerEngine
-from clawker_cp.engines.docker.network import ensure_network
-from clawker_cp.engines.docker.siblings import ENVOY, Sibling
-from clawker_cp.engines.docker.stack import SiblingProcess
-from clawker_cp.engines.docker_client import DockerClient
-from clawker_cp.engines.dockerevents import DockerEvent, DockerEventFeeder
 from clawker_cp.errors import CapacityExceeded, Conflict, DeadlineExceeded, NotFound, Unavailable
-from clawker_cp.testing import docker_world
-from clawker_cp.testing.docker_world import DockerWorld
+from clawker_cp.testing.docker_following import LIMIT_S, engine_of, followed
+from clawker_cp.testing.docker_world import DockerWorld, missing
 from clawker_cp.testing.world import HostNamespace
 
-pytestmark = [pytest.mark.root, pytest.mark.docker, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.root, pytest.mark.docker, pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
+]  # fmt: skip
 
 NET = agents_network.NAME
-LIMIT_S = 30
-
-
-def _earned() -> None:
-    if lacking := docker_world.missing():
-        pytest.skip(lacking)
 
 
 @pytest_asyncio.fixture
 async def docker() -> AsyncIterator[DockerWorld]:
-    _earned()
     async with HostNamespace() as host, DockerWorld(host) as world:
         yield world
-
-
-async def engine_of(world: DockerWorld, **options: Any) -> DockerEngine:
-    return DockerEngine(
-        world.client, await ensure_network(world.client, NetworkSettings(), own_container_id=None), **options
-    )
-
-
-class Followed:
-    """What a feeder published, and waiting for a part of it."""
-
-    def __init__(self, client: DockerClient, engine: DockerEngine | None) -> None:
-        self.seen: list[DockerEvent] = []
-        self.changes: list[str] = []
-        self._engine = engine
-        self._news = asyncio.Event()
-        self.feeder = DockerEventFeeder(client, self._take, changed=self.changes.append)
-
-    def _take(self, event: DockerEvent) -> None:
-        self.seen.append(event)
-        if self._engine is not None:
-            self._engine.take_event(event)
-        self._news.set()
-
-    async def until(self, wanted: Callable[[DockerEvent], bool]) -> DockerEvent:
-        async with asyncio.timeout(LIMIT_S):
-            while True:
-                for event in self.seen:
-                    if wanted(event):
-                        return event
-                self._news.clear()
-                await self._news.wait()
-
-    async def action(self, action: str, number: str) -> DockerEvent:
-        return await self.until(lambda event: event.action == action and event.container_id == number)
-
-    def actions(self, number: str) -> list[str]:
-        return [event.action for event in self.seen if event.kind == "container" and event.id == number]
-
-
-@asynccontextmanager
-async def followed(world: DockerWorld, engine: DockerEngine | None = None) -> AsyncIterator[Followed]:
-    following = Followed(world.client, engine)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(following.feeder.run())
-        try:
-            async with asyncio.timeout(LIMIT_S):
-                await following.feeder.following.wait()
-            yield following
-        finally:
-            task.cancel()
-
-
-# -- network ---------------------------------------------------------------------------------------
-
-
-async def test_network_is_made_once_with_room_for_the_static_addresses(docker: DockerWorld) -> None:
-    """The first start makes `clawker-net` with the configured subnet; the next one adopts it; the bridge is there."""
-    first = await ensure_network(docker.client, NetworkSettings(), own_container_id=None)
-    again = await ensure_network(docker.client, NetworkSettings(subnet="10.99.0.0/16"), own_container_id=None)
-    record = await docker.client.inspect_network(NET)
-
-    assert first == again
-    assert first.subnet == "10.231.96.0/20"
-    assert (first.proxy, first.dns, first.cp) == (first.gateway,) * 3 == ("10.231.96.1",) * 3
-    assert record["IPAM"]["Config"][0]["IPRange"] == "10.231.104.0/21"
-    assert record["Labels"]["dev.clawker.managed"] == "true"
-    links = json.loads((await docker.host.run(["ip", "-j", "addr", "show", "dev", first.bridge])).out)
-    assert "10.231.96.1" in [info["local"] for info in links[0]["addr_info"]]
-
-
-async def test_control_plane_container_gets_its_static_address(docker: DockerWorld) -> None:
-    """As a container it joins the network at its octet, finds itself there again, and the proxy may be a sibling."""
-    own = await docker.run("clawker-controlplane", "sleep", "1000")
-    network = await ensure_network(docker.client, NetworkSettings(), own_container_id=own)
-    again = await ensure_network(docker.client, NetworkSettings(), own_container_id=own, stack="container")
-
-    assert (network.proxy, network.dns, network.cp) == ("10.231.96.202",) * 3
-    assert (again.proxy, again.dns, again.cp) == ("10.231.96.200", "10.231.96.202", "10.231.96.202")
-
-
-async def _nobody(_container: str) -> None:
-    raise AssertionError("nothing is admitted that does not run")
-
-
-async def test_network_without_a_subnet_of_ours_gives_what_the_engine_assigns(docker: DockerWorld) -> None:
-    """
-    On an adopted network the engine refuses static addresses: the assigned one is read back and used (R2). A proxy of
-    its own cannot be had there, for its address is part of what agents are told before it runs.
-    """
-    client = await asyncio.to_thread(sdk.APIClient, base_url=docker.endpoint, version="1.41")
-    await asyncio.to_thread(
-        client.create_network, NET, driver="bridge", options={"com.docker.network.bridge.name": "ck-adopted"}
-    )
-    client.close()
-    own = await docker.run("clawker-controlplane", "sleep", "1000")
-    network = await ensure_network(docker.client, NetworkSettings(), own_container_id=own)
-    record = await docker.client.inspect(own)
-    beside = await ensure_network(docker.client, NetworkSettings(), own_container_id=own, stack="container")
-    sibling = Sibling(ENVOY, docker_world.IMAGE, beside.proxy, ("sleep", "1000"), (), {}, "0:0")
-    with pytest.raises(Conflict, match=r"clawker-envoy cannot have .*\.200: clawker-net was made without") as refused:
-        await SiblingProcess(docker.client, beside, sibling, admit=_nobody).start("")
-    with pytest.raises(NotFound):
-        await docker.client.inspect(ENVOY)
-
-    assert "docker network rm clawker-net" in (refused.value.hint or "")
-    assert network.bridge == "ck-adopted"
-    assert network.cp == record["NetworkSettings"]["Networks"][NET]["IPAddress"] != ""
-    assert network.cp.rpartition(".")[2] != "202"
-
-
-@pytest.mark.parametrize(
-    ("ipam", "settings", "words"),
-    [
-        ([{"Subnet": "10.9.9.0/28", "Gateway": "10.9.9.1"}], NetworkSettings(), "no free address"),
-        ([{"Subnet": "10.9.9.0/24", "Gateway": "10.9.9.202"}], NetworkSettings(), "no free address"),
-    ],
-)
-async def test_network_that_has_no_place_for_us_is_a_start_error(
-    docker: DockerWorld, ipam: list[dict[str, str]], settings: NetworkSettings, words: str
-) -> None:
-    """A static address outside the adopted subnet, or the gateway's own, is told with the setting."""
-    await docker.client.create_network(NET, ipam=ipam, labels={})
-    own = await docker.run("clawker-controlplane", "sleep", "1000")
-    with pytest.raises(Conflict, match=words):
-        await ensure_network(docker.client, settings, own_container_id=own)
-
-
-async def test_two_networks_of_the_name_and_a_taken_subnet_are_told(docker: DockerWorld) -> None:
-    """The engine lets two networks have one name, and refuses a subnet in use: both name what to do."""
-    await docker.client.create_network("other", ipam=[{"Subnet": "10.231.96.0/24"}], labels={})
-    with pytest.raises(Conflict, match=r"network\.subnet: the engine refuses 10\.231\.96\.0/20"):
-        await ensure_network(docker.client, NetworkSettings(), own_container_id=None)
-    client = await asyncio.to_thread(sdk.APIClient, base_url=docker.endpoint, version="1.41")
-    for _ in range(2):
-        await asyncio.to_thread(client.create_network, NET, driver="bridge", check_duplicate=False)
-    client.close()
-    with pytest.raises(Conflict, match="2 networks called clawker-net"):
-        await ensure_network(docker.client, NetworkSettings(), own_container_id=None)
-
-
-async def test_address_that_is_in_use_is_told(docker: DockerWorld) -> None:
-    """Somebody else at our static address is a conflict, not another address by surprise."""
-    await ensure_network(docker.client, NetworkSettings(), own_container_id=None)
-    await docker.run(
-        "squatter", "sleep", "1000", host_config={"NetworkMode": NET},
-        NetworkingConfig={"EndpointsConfig": {NET: {"IPAMConfig": {"IPv4Address": "10.231.96.202"}}}},
-    )  # fmt: skip
-    own = await docker.run("clawker-controlplane", "sleep", "1000")
-    with pytest.raises((Conflict, Unavailable), match="(?i)address already in use"):
-        await ensure_network(docker.client, NetworkSettings(octets=Octets()), own_container_id=own)
 
 
 # -- who there is ----------------------------------------------------------------------------------
@@ -250,7 +83,6 @@ async def test_parent_of_the_owners_choice_and_cgroups_inside_are_followed(docke
 
 async def test_default_parent_of_the_engine_is_followed() -> None:
     """Where the engine is left its own choice, containers are found as well, and only they are taken away."""
-    _earned()
     async with HostNamespace() as host, DockerWorld(host, default_parent=True) as world:
         made = await world.agent("dev")
         engine = await engine_of(world)
@@ -527,172 +359,3 @@ async def test_host_addresses_are_the_machines(docker: DockerWorld) -> None:
     there = DockerEngine(docker.client, engine.network, host_netns=docker.host.netns)
 
     assert engine.gateway in await there.host_addresses()
-
-
-# -- events and the daemon's life ------------------------------------------------------------------
-
-
-async def test_events_of_a_life_come_in_order_with_labels(docker: DockerWorld) -> None:
-    """Create to destroy, network joins included, each with the engine's message and the container's labels."""
-    engine = await engine_of(docker)
-    async with followed(docker, engine) as events:
-        made = await docker.agent("dev", network=NET)
-        await docker.client.pause(made)
-        await docker.client.unpause(made)
-        await docker.client.remove(made, force=True)
-        last = await events.action("destroy", made)
-        joined = [event for event in events.seen if event.kind == "network" and event.container_id == made]
-
-    assert events.actions(made) == ["create", "start", "pause", "unpause", "kill", "die", "destroy"]
-    assert [event.action for event in joined] == ["connect", "disconnect"]
-    assert last.attributes["dev.clawker.agent"] == "dev"
-    assert last.name == "clawker.p.dev"
-    assert json.loads(last.raw)["Actor"]["ID"] == made
-    assert not any(event.synthetic for event in events.seen)
-
-
-async def test_container_started_while_subscribing_is_never_missed(docker: DockerWorld) -> None:
-    """Containers that start around the moment of subscribing are all told, by list or by event (R25)."""
-    made: list[str] = []
-
-    async def busy() -> None:
-        for number in range(6):
-            made.append(await docker.agent(f"a{number}"))
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(busy())
-        while len(made) < 2:
-            await asyncio.sleep(0.01)
-        async with followed(docker) as events:
-            async with asyncio.timeout(60):
-                while len(made) < 6:
-                    await asyncio.sleep(0.02)
-            for number in made:
-                await events.action("start", number)
-
-
-@pytest.mark.parametrize("live_restore", [False, True])
-async def test_daemon_killed_and_started_again_is_followed_over_the_gap(live_restore: bool) -> None:
-    """After kill -9 of dockerd, what ended or vanished meanwhile is told, what lives on is known, and events go on."""
-    _earned()
-    async with HostNamespace() as host, DockerWorld(host, live_restore=live_restore) as world:
-        engine = await engine_of(world)
-        stays = await world.agent("stays", network=NET)
-        leaves = await world.agent("leaves", network=NET)
-        async with followed(world, engine) as events:
-            await events.action("start", leaves)
-            pid = (await engine.inspect(leaves)).pid
-            await world.kill_daemon()
-            async with asyncio.timeout(LIMIT_S):
-                while not events.changes:
-                    await asyncio.sleep(0.02)
-            with pytest.raises(Unavailable):
-                await engine.living()
-            assert not events.feeder.following.is_set()
-            (host.mount / world.cgroup_parent / leaves / "cgroup.kill").write_text("1")
-            await world.start_daemon()
-            await events.action("die", leaves)
-            if not live_restore:
-                await events.action("die", stays)
-            async with asyncio.timeout(LIMIT_S):
-                await events.feeder.following.wait()
-            late = await world.agent("late", network=NET)
-            assert not (await events.action("start", late)).synthetic
-            living = {container.id for container in await engine.living()}
-
-        assert living == ({stays, late} if live_restore else {late})
-        assert events.changes[0] != "" and events.changes[-1] == ""
-        assert "destroy" not in events.actions(stays)
-        assert pid > 0
-
-
-async def test_container_removed_while_nobody_followed_is_told_as_destroyed(docker: DockerWorld) -> None:
-    """What vanished between two connections gets a destroy with its last labels; what came is told too."""
-    gone = await docker.agent("gone")
-    following = Followed(docker.client, None)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(following.feeder.run())
-        await following.action("start", gone)
-        task.cancel()
-    await docker.client.remove(gone, force=True)
-    await docker.stop_daemon()  # forgets its events
-    await docker.start_daemon()
-    new = await docker.agent("new")
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(following.feeder.run())
-        destroyed = await following.action("destroy", gone)
-        await following.action("start", new)
-        task.cancel()
-
-    assert destroyed.attributes["dev.clawker.agent"] == "gone"
-    assert following.actions(gone).count("destroy") == 1
-
-
-async def test_frozen_daemon_frees_callers_at_the_limit_and_comes_back(docker: DockerWorld) -> None:
-    """A daemon that stops running while calls are under way costs each its limit, no thread, and works again after."""
-    client = DockerClient(docker.endpoint, threads=2, limit_s=0.5)
-    try:
-        await client.ping()
-        docker.freeze_daemon(on=True)
-        failures = []
-
-        async def ask() -> None:
-            try:
-                await client.ping()
-            except Unavailable as error:
-                failures.append(error)
-
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-            for _ in range(6):
-                group.create_task(ask())
-        docker.freeze_daemon(on=False)
-        assert len(failures) == 6
-        async with asyncio.timeout(LIMIT_S):
-            while True:
-                try:
-                    await client.ping()
-                    break
-                except Unavailable:
-                    continue
-    finally:
-        docker.freeze_daemon(on=False)
-        await client.aclose()
-
-
-async def test_daemon_restarted_under_a_call_is_unavailable(docker: DockerWorld) -> None:
-    """A call that waits while the daemon is killed fails at once, not at its limit; the next one works."""
-    made = await docker.agent("dev")
-    async with asyncio.TaskGroup() as group:
-        outcome: list[str] = []
-
-        async def wait() -> None:
-            try:
-                await docker.client.wait(made, limit_s=LIMIT_S)
-            except Unavailable:
-                outcome.append("unavailable")
-
-        group.create_task(wait())
-        while docker.client.statistics()["under_way"] == 0:
-            await asyncio.sleep(0)
-        await docker.client.ping()
-        began = time.monotonic()
-        await docker.kill_daemon()
-    assert outcome == ["unavailable"]
-    assert time.monotonic() - began < 10
-    await docker.start_daemon()
-    assert (await docker.client.inspect(made))["Id"] == made
-
-
-async def test_world_leaves_nothing_behind_when_its_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A daemon whose set-up breaks half-way is gone, with its cgroups and files."""
-    _earned()
-    monkeypatch.setattr(docker_world, "image_archive", lambda: (_ for _ in ()).throw(RuntimeError("no image")))
-    async with HostNamespace() as host:
-        world = DockerWorld(host)
-        with pytest.raises(RuntimeError, match="no image"):
-            async with world:
-                raise AssertionError("it started")
-        assert world.pid == 0
-        assert not list(Path("/sys/fs/cgroup").glob(f"*/{world.cgroup_parent}"))
-        with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError):
-            probe.connect(str(world.directory / "docker.sock"))

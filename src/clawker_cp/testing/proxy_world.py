@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import ssl
 import subprocess
@@ -240,3 +241,16 @@ def _enter_namespace() -> None:
         "route add local 203.0.113.0/24 dev lo",
     ):
         subprocess.run(["ip", *arguments.split()], check=True, timeout=10)
+
+
+async def refusal(world: ProxyWorld, url: str, **more: Any) -> tuple[int, str]:
+    """Status and reason of a refusal; "" for an answer of the origin."""
+    status, headers, body = await world.request(url, **more)
+    if headers.get("server") == "outside":
+        return status, ""
+    return status, json.loads(body)["reason"]
+
+
+async def answering(world: ProxyWorld, *names: str) -> None:
+    world.view.zone.update(dict.fromkeys(names, OUTSIDE))
+    await world.outside.http(443, *names)
