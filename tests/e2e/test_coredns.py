@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from clawker_cp.testing.frozen import freeze
 from clawker_cp.testing.machine import Machine, machine_with_world
 from clawker_cp.testing.peers import WHY, peer
 from clawker_cp.testing.served import serving
@@ -69,7 +70,7 @@ async def test_names_go_through_it_and_past_it_when_it_is_dead(machine: Machine)
         first = await ask("api.example.com")
         asked = await _counted(machine)
         status = json.loads((await served.get("http://127.0.0.1:7080/healthz?verbose=1"))[1])
-        os.kill(_coredns(machine), signal.SIGSTOP)
+        freeze(_coredns(machine))
         while_silent = await ask("www.example.com")
         os.kill(_coredns(machine), signal.SIGKILL)
         without = await ask("git.example.org")

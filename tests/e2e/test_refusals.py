@@ -20,6 +20,7 @@ pytestmark = [
 
 PRELUDE = """
         import signal, subprocess
+        from clawker_cp.testing.frozen import freeze
         FIREWALL = Path(os.environ["CLAWKER_DATA_DIR"]) / "firewall"
 
         def envoy():
@@ -54,7 +55,7 @@ async def served(machine: Machine) -> AsyncIterator[Served]:
 async def test_a_silent_proxy_is_stack_probe(served: Served) -> None:
     """What cannot be asked what it carries is given no change: nothing is stored, and the next try works."""
     said = await served.call(f"""{PRELUDE}
-        os.kill(envoy(), signal.SIGSTOP)
+        freeze(envoy())
         try:
             result["refused"] = await refused(add("silent.example.com"))
             result["stored"] = await rules()

@@ -216,7 +216,9 @@ class SandboxLives:
                 log.info("withdrawn", id=agent.id, agent=agent.key)
                 self._lives.pop(agent.id, None)
         finally:
-            (self._left.add if agent.id in self._lives else self._left.discard)(agent.id)
+            self._left.discard(agent.id)
+            if agent.id in self._lives:
+                self._left.add(agent.id)
             del self._ending[agent.id]
             done.set()
 

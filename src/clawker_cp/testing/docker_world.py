@@ -28,6 +28,7 @@ import docker
 
 from clawker_cp.engines.docker_client import DockerClient
 from clawker_cp.errors import ClawkerError
+from clawker_cp.testing.frozen import freeze
 from clawker_cp.testing.removal import Removed
 from clawker_cp.testing.world import HostNamespace
 
@@ -166,7 +167,10 @@ class DockerWorld(Removed):
         """
         Stop the daemon's threads, as a machine under load does, or let them go on.
         """
-        os.kill(self.pid, signal.SIGSTOP if on else signal.SIGCONT)
+        if on:
+            freeze(self.pid)
+        else:
+            os.kill(self.pid, signal.SIGCONT)
 
     async def run(
         self,

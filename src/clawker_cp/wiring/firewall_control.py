@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import structlog
 
 from clawker_cp.ebpf import Manager
-from clawker_cp.errors import ClawkerError, Conflict, DeadlineExceeded, InvalidInput, Unavailable, Unsupported
+from clawker_cp.errors import ClawkerError, Conflict, InvalidInput, Unavailable, Unsupported
 from clawker_cp.firewall.changes import Applied, Progress
 from clawker_cp.firewall.merge import AddStatus, RemoveStatus
 from clawker_cp.firewall.plan import CidrRow, ProxyPort, RouteRow
@@ -268,9 +268,8 @@ class FirewallControl:
             async with asyncio.timeout(RESOLVE_LIMIT_S):
                 found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise ClawkerError(f"{name} was not resolved: {error}", code="RESOLVE_FAILED") from error
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"{name} was not resolved within {RESOLVE_LIMIT_S:.0f} s") from error
+            why = f"no answer within {RESOLVE_LIMIT_S:g} s" if isinstance(error, TimeoutError) else error
+            raise ClawkerError(f"{name} was not resolved: {why}", code="RESOLVE_FAILED") from error
         return sorted({str(item[4][0]) for item in found}, key=_order)
 
     # -- inner -------------------------------------------------------------------------------

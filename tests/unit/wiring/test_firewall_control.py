@@ -305,15 +305,20 @@ async def test_a_wait_that_is_too_long_ends_with_its_code() -> None:
     assert late.value.code == "STACK_UNHEALTHY"
 
 
-async def test_hostnames_are_resolved_by_this_host() -> None:
-    """A name of the hosts file is found, garbage is refused, a failure is an error."""
+async def test_hostnames_are_resolved_by_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of the hosts file is found, garbage is refused, a failure and too long a wait are told as such."""
     host = Host()
     assert "127.0.0.1" in await host.control.resolve_hostname("localhost.")
     for bad in (" ", "a b", "x" * 300, "\n"):
         with pytest.raises(InvalidInput):
             await host.control.resolve_hostname(bad)
-    with pytest.raises(ClawkerError):
-        await host.control.resolve_hostname("no-such-name.invalid")
+    # What cannot be a name in DNS is not asked about.
+    with pytest.raises(ClawkerError, match="was not resolved: .*label") as failed:
+        await host.control.resolve_hostname("x" * 64 + ".example")
+    monkeypatch.setattr("clawker_cp.wiring.firewall_control.RESOLVE_LIMIT_S", 0)
+    with pytest.raises(ClawkerError, match="localhost was not resolved: no answer within 0 s") as late:
+        await host.control.resolve_hostname("localhost")
+    assert failed.value.code == late.value.code == "RESOLVE_FAILED"
 
 
 @pytest.mark.root

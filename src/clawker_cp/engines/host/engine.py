@@ -319,7 +319,9 @@ class HostEngine:
             if started is not None:
                 started.poll()
         finally:
-            (self._left.add if sandbox_id in self._sandboxes else self._left.discard)(sandbox_id)
+            self._left.discard(sandbox_id)
+            if sandbox_id in self._sandboxes:
+                self._left.add(sandbox_id)
             del self._removing[sandbox_id]
             done.set()
 
