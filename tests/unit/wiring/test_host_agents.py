@@ -22,6 +22,7 @@ from clawker_cp.agents.sandbox_rows import SandboxRows, SandboxState
 from clawker_cp.config import Directories, Settings
 from clawker_cp.ebpf.manager import Manager
 from clawker_cp.engines.base import SandboxSpec
+from clawker_cp.engines.host.console import Console
 from clawker_cp.errors import NotFound, Unavailable
 from clawker_cp.firewall.allocation_files import AllocationFiles
 from clawker_cp.firewall.reconcile import Reconciler
@@ -149,6 +150,8 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
             last = make_engine(host.state, host.cgroup_parent)
             await last.start()
             for sandbox in last.living():
+                if (console := Console.reopen(sandbox.directory)) is not None:
+                    console.close()
                 await last.remove(sandbox.id, force=True, grace_s=0)
             Manager(pins).flush(force=True)
             await end(last)
