@@ -22,8 +22,6 @@ import pytest_asyncio
 import structlog
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from clawker_cp.agents.database import Database
-from clawker_cp.auth.authority import ledger
 from clawker_cp.auth.authority.endpoints import admin_application
 from clawker_cp.auth.authority.keys import signing_key
 from clawker_cp.auth.authority.registration import read_registration
@@ -458,17 +456,3 @@ async def test_revocations_count_against_the_rate(world: EmbeddedWorld) -> None:
     async with world.running() as live:
         url = f"{live.public}/oauth2/revoke"
         assert 429 in [(await live.http.post(url, data={"token": "x"})).status_code for _ in range(210)]
-
-
-def test_spent_numbers_are_forgotten_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Now and then, so that the table does not grow; one whose assertion is over can harm nobody."""
-    monkeypatch.setattr(ledger, "SWEEP_EVERY", 2)
-    database = Database(tmp_path / "cp.db")
-    database.open()
-    try:
-        kept = ledger.Ledger(database)
-        assert kept.spend("early", "c", 100, 50.0) and not kept.spend("early", "c", 100, 60.0)
-        assert kept.spend("other", "c", 900, 200.0) and kept.spend("later", "c", 900, 200.0)
-        assert [row[0] for row in database.query("SELECT jti FROM oauth_jti ORDER BY jti")] == ["later", "other"]
-    finally:
-        database.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.engines.base import Sandbox
+from clawker_cp.engines.host import commands
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.engines.host.namespaces import in_netns
 from clawker_cp.engines.host.network import mac_of
 from clawker_cp.engines.host.ring import Direct
-from clawker_cp.errors import Unavailable
+from clawker_cp.errors import DeadlineExceeded, Unavailable
 from clawker_cp.testing.sandbox_world import (
     FAR,
     GATEWAY,
@@ -143,6 +145,26 @@ async def test_world_is_closed_until_admitted_and_then_sees_the_host(host: Host)
         assert await connect(host, sandbox=sandbox) == [HOST, "TimeoutError", "TimeoutError"]
         assert set(seen) == {HOST}
         assert "198.51.100.0" not in sh("nft", "list", "ruleset")
+
+
+async def test_what_an_unanswered_change_opened_is_closed_by_the_next(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction that is applied and answers too late is not taken for one that was not."""
+    sandbox = await host.engine.create(host.spec("python3", "-c", CONNECT, f"{GATEWAY}:10000"))
+    await host.engine.ring.admit(sandbox.address, [], [(6, 10001)])
+    late = tmp_path / "late" / "nft"
+    late.parent.mkdir()
+    late.write_text(f'#!/bin/sh\n{shutil.which("nft")} "$@"\nexec sleep 60\n')
+    late.chmod(0o755)
+    with monkeypatch.context() as slow, pytest.raises(DeadlineExceeded):
+        slow.setenv("PATH", str(late.parent), prepend=os.pathsep)
+        slow.setattr(commands, "LIMIT_S", 2.0)
+        await host.engine.ring.admit(sandbox.address, [], [(6, 10000)])
+    await host.engine.ring.admit(sandbox.address, [], [(6, 10001)])
+
+    with tcp_server(GATEWAY, 10000):
+        assert await connect(host, sandbox=sandbox) == ["TimeoutError"]
 
 
 async def test_admission_that_is_taken_back_stops_an_open_flow(host: Host) -> None:

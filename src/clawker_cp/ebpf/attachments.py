@@ -99,8 +99,10 @@ class Attachments:
                 return place.id
             try:
                 with self._loading:
+                    self._require(loaded=bool(self._objects))
                     loaded = self._object(place.level)
                 with self._lock:
+                    self._require(loaded=loaded is self._objects.get(place.level))
                     self._sweep()
                     made = self._link_container(place.id, loaded, descriptor, cgroup)
             except OSError as error:
@@ -189,7 +191,8 @@ class Attachments:
         """
         Give the programs back; links stay pinned. Safe to call twice.
         """
-        with self._lock:
+        # What is being loaded pins maps: it would do so again behind a flush.
+        with self._loading, self._lock:
             for loaded in self._objects.values():
                 loaded.close()
             self._objects.clear()
@@ -198,6 +201,10 @@ class Attachments:
             self._leaving.clear()
 
     # -- inner --------------------------------------------------------------------------------
+
+    def _require(self, *, loaded: bool) -> None:
+        if not loaded:
+            raise Unavailable("the programs were taken away meanwhile", code="ENFORCEMENT_UNAVAILABLE")
 
     def _object(self, level: int) -> bpfmap.BpfObject:
         if level not in self._objects:

@@ -186,7 +186,7 @@ class InspectionAuthority:
 
     def next_renewal(self) -> dt.datetime:
         """Return when the first leaf in use is due."""
-        ends = [minted.not_after for minted in self._minted.values()]
+        ends = [minted.not_after for minted in tuple(self._minted.values())]  # a thread may be minting
         return min(ends, default=self._now() + LEAF_LIFE) - LEAF_RENEW
 
     # -- the CA ------------------------------------------------------------------------------

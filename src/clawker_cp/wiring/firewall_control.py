@@ -218,8 +218,12 @@ class FirewallControl:
         return self._rules.stored()
 
     async def reload(self, *, limit_s: float) -> bool:
-        await asyncio.to_thread(self._authority.open)
-        await self._take_over()
+        async def act() -> None:
+            # Among the changes: their leaves are of one CA, a rotation is whole, and a caller who leaves stops nothing.
+            await asyncio.to_thread(self._authority.open)
+            await self._take_over()
+
+        await self._within(limit_s, self._policy.perform(act))
         applied: Applied = await self._within(limit_s, self._policy.reload())
         return applied.live
 

@@ -6,12 +6,14 @@ import os
 import re
 import secrets
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf.attachments import ATTACH, CGROUP
 from clawker_cp.ebpf.config import AgentConfig
 from clawker_cp.ebpf.manager import Manager
@@ -219,6 +221,39 @@ def test_flushing_asks_the_pins(loaded: Place) -> None:
         loaded.manager.flush()
     loaded.manager.flush()
     assert not loaded.pins.exists()
+
+
+def test_a_flush_while_programs_load_leaves_nothing_pinned(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the container they are loaded for, nor by one that waits for its turn."""
+    load, begun, go_on = Manager._load_object, threading.Event(), threading.Event()
+    attaching: list[threading.Thread] = []
+
+    def gated(manager: Manager, level: int) -> bpfmap.BpfObject:
+        if threading.current_thread() in attaching:
+            begun.set()
+            assert go_on.wait(10)
+        return load(manager, level)
+
+    def attach(cgroup: Path) -> None:
+        with suppress(Unavailable):
+            place.manager.attach(cgroup)
+
+    monkeypatch.setattr(Manager, "_load_object", gated)
+    place.manager = Manager(place.pins, max_agents=64)
+    place.manager.load(place.parent)
+    cgroups = [place.cgroup("deep/in/one"), place.cgroup("deeper/in/the/other")]
+    attaching += [threading.Thread(target=attach, args=(cgroup,)) for cgroup in cgroups]
+    flushing = threading.Thread(target=place.manager.flush)
+    for thread in attaching:
+        thread.start()
+    assert begun.wait(10)
+    flushing.start()
+    flushing.join(0.2)  # as far as it gets
+    go_on.set()
+    for thread in (*attaching, flushing):
+        thread.join(10)
+
+    assert not place.pins.exists()
 
 
 def test_the_manual_lists_every_pin(loaded: Place) -> None:

@@ -296,6 +296,19 @@ async def test_rotating_gives_agents_the_new_ca_before_leaves_are_pushed() -> No
     assert host.told[2:] == ["rotate", "publish", "reconcile"]
 
 
+async def test_the_ca_is_read_again_in_its_turn_among_the_changes() -> None:
+    """While a change mints leaves or rotates it, a reload waits; then it reads, and listeners take over."""
+    host = Host()
+    host.stuck = asyncio.Event()
+    with pytest.raises(Unavailable):
+        await host.control.reload(limit_s=0.01)
+    assert host.told == []
+
+    host.stuck.set()
+    await host.control.reload(limit_s=5)
+    assert host.told == ["open", "take over"]
+
+
 async def test_a_wait_that_is_too_long_ends_with_its_code() -> None:
     """The released command line knows the code; the work goes on."""
     host = Host()

@@ -6,6 +6,7 @@ Synchronous: callers on the loop go through a thread, a commit waits for the dis
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -25,12 +26,13 @@ class Rows(Protocol):
 
 class Ledger:
     """
-    Spends and bars. What is barred is also kept in memory: every introspection asks.
+    Spends and bars, in any number of threads. What is barred is also kept in memory: every introspection asks.
     """
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._barred: dict[tuple[str, str], tuple[int, int]] = {}
+        self._changing = threading.Lock()  # what is barred, in memory and on disk
         self._spent = 0
 
     def load(self, now: float) -> None:
@@ -58,13 +60,16 @@ class Ledger:
         """
         Refuse tokens from now on: by `jti`, `digest` (hex SHA-256), `client`, or `all`, until `exp`.
 
-        For `client` and `all` those issued up to `issued_before`.
+        For `client` and `all` those issued up to `issued_before`; an earlier moment does not replace a later one.
         """
-        self._rows.execute(
-            "INSERT OR REPLACE INTO oauth_revoked (kind, id, issued_before, exp) VALUES (?, ?, ?, ?)",
-            (kind, id_, issued_before, exp),
-        )
-        self._barred[kind, id_] = (issued_before, exp)
+        with self._changing:
+            before, until = self._barred.get((kind, id_), (0, 0))
+            bar = (max(issued_before, before), max(exp, until))
+            self._rows.execute(
+                "INSERT OR REPLACE INTO oauth_revoked (kind, id, issued_before, exp) VALUES (?, ?, ?, ?)",
+                (kind, id_, *bar),
+            )
+            self._barred[kind, id_] = bar
 
     def is_barred(self, *, jti: str, digest: str, client_id: str, iat: int) -> bool:
         """
@@ -87,5 +92,6 @@ class Ledger:
     def _sweep(self, now: float) -> None:
         # Ten seconds of leeway count for an assertion that has ended (contract 3.3).
         self._rows.execute("DELETE FROM oauth_jti WHERE exp < ?", (int(now) - 60,))
-        self._rows.execute("DELETE FROM oauth_revoked WHERE exp < ?", (int(now) - 60,))
-        self._barred = {key: bar for key, bar in self._barred.items() if bar[1] >= now - 60}
+        with self._changing:
+            self._rows.execute("DELETE FROM oauth_revoked WHERE exp < ?", (int(now) - 60,))
+            self._barred = {key: bar for key, bar in self._barred.items() if bar[1] >= now - 60}

@@ -137,7 +137,8 @@ class DirectPaths:
         try:
             await run(*self._where, "nft", "-f", "-", text=text)
         except BaseException:
-            self._held = None  # whether it was applied is not known
+            # Whether it was applied is not known: what it may have opened must not pass for what was there before.
+            self._forget_all()
             raise
 
     async def _elements(self, name: str, table: str = "") -> list[Any]:

@@ -283,6 +283,8 @@ class EnvoyStack:
                 pause = RESTART_MIN_S
             await asyncio.sleep(pause)
             pause = min(pause * 2, RESTART_MAX_S)
+            if self._stopping:  # meanwhile
+                return
             try:
                 await self._process.start(self._digest)
                 await self._wait_live()
