@@ -269,6 +269,8 @@ class ContainerLives(Generic[C]):
         await self._policy.put_ephemeral(key, NO_RULES)
 
         async def enrol() -> None:
+            # Asked here: an operator may have quarantined it, or released it, since its exposures were judged.
+            isolated = await asyncio.to_thread(self._quarantines.get, container.id) is not None
             agent = EnrolledAgent(
                 id=container.id,
                 project=container.project,
@@ -276,7 +278,7 @@ class ContainerLives(Generic[C]):
                 address=container.address,
                 cgroup_id=cgroup_id,
                 policy=self._policy.policy_of(key),
-                quarantined=quarantined,
+                quarantined=isolated,
                 bypass_until_ns=self._bypass_until_ns(cgroup_id),
             )
             await self._enforcement.admit(agent, container)

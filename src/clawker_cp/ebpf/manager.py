@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -72,6 +73,7 @@ class Manager:
         self._cgroups = KernelCgroups()
         self._attachments = Attachments(pin_dir / LINKS_DIR, self._load_object, self._cgroups)
         self._maps: dict[str, bpfmap.BpfMap] = {}
+        self._life = threading.RLock()  # who gave up waiting for a load flushes: after it
         self.mender = Mender(pin_dir, self._attachments, self._maps)
         self._ring: bpfmap.RingBuffer | None = None
         self._generation = 0
@@ -92,31 +94,32 @@ class Manager:
         Raises `Unsupported` with the verifier's first line when the kernel refuses, `Conflict` when
         agents live below another parent that an earlier run had.
         """
-        self._prepare_pin_dir()
-        adopted = (self._pin_dir / "control").exists()
-        replaced = False
-        try:
-            place = self._place(parent) if parent is not None else None
-            loaded = self._attachments.first_object(place)
-        except OSError as error:
-            if not adopted or error.errno not in {22, 17}:
-                raise self._unsupported(error) from error
-            log.warning("pins_replaced", pin_dir=str(self._pin_dir), cause=str(error))
-            self._set_aside_maps()
-            adopted, replaced = False, True
-            place = self._place(parent) if parent is not None else None
-            loaded = self._attachments.first_object(place)
-        for name, (key_bytes, value_bytes) in layout.SIZES.items():
-            self._maps[name] = loaded.map(name, key_bytes, value_bytes)
-        self._names = LearntNames(self._maps["dns_cache"], lambda: routes.identities(self._table))
-        self._adopt_control(adopted=adopted)
-        self._attachments.adopt(parent, place)
-        self._ring = bpfmap.RingBuffer(self._maps["events"].fd)
-        if adopted:
-            self._adopt_rows()
-        log.info("pins_adopted" if adopted else "ebpf_loaded", pin_dir=str(self._pin_dir))
-        agents = len(self._maps["container_map"].all_keys())
-        return LoadReport(adopted, replaced, agents, len(self._attachments.attached()))
+        with self._life:
+            self._prepare_pin_dir()
+            adopted = (self._pin_dir / "control").exists()
+            replaced = False
+            try:
+                place = self._place(parent) if parent is not None else None
+                loaded = self._attachments.first_object(place)
+            except OSError as error:
+                if not adopted or error.errno not in {22, 17}:
+                    raise self._unsupported(error) from error
+                log.warning("pins_replaced", pin_dir=str(self._pin_dir), cause=str(error))
+                self._set_aside_maps()
+                adopted, replaced = False, True
+                place = self._place(parent) if parent is not None else None
+                loaded = self._attachments.first_object(place)
+            for name, (key_bytes, value_bytes) in layout.SIZES.items():
+                self._maps[name] = loaded.map(name, key_bytes, value_bytes)
+            self._names = LearntNames(self._maps["dns_cache"], lambda: routes.identities(self._table))
+            self._adopt_control(adopted=adopted)
+            self._attachments.adopt(parent, place)
+            self._ring = bpfmap.RingBuffer(self._maps["events"].fd)
+            if adopted:
+                self._adopt_rows()
+            log.info("pins_adopted" if adopted else "ebpf_loaded", pin_dir=str(self._pin_dir))
+            agents = len(self._maps["container_map"].all_keys())
+            return LoadReport(adopted, replaced, agents, len(self._attachments.attached()))
 
     @property
     def loaded(self) -> bool:
@@ -125,33 +128,35 @@ class Manager:
 
     def close(self) -> None:
         """Give descriptors back; enforcement stays pinned. Safe to call twice."""
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-        with self.mender.paused():
-            for opened in self._maps.values():
-                opened.close()
-            self._maps.clear()
-        self._attachments.close()
-        self._cgroups.close()
-        # What was mirrored of the maps counts for those maps only: a later `load` finds out anew.
-        self._table, self._stale, self._generation = routes.Table(), None, 0
+        with self._life:
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+            with self.mender.paused():
+                for opened in self._maps.values():
+                    opened.close()
+                self._maps.clear()
+            self._attachments.close()
+            self._cgroups.close()
+            # What was mirrored of the maps counts for those maps only: a later `load` finds out anew.
+            self._table, self._stale, self._generation = routes.Table(), None, 0
 
     def flush(self, *, force: bool = False) -> None:
         """
         Detach and unpin everything. Refuses while a cgroup below the parent, or an attached one, has processes.
         """
-        if not force and (busy := self._attachments.busy()):
-            raise Conflict(
-                f"{len(busy)} agent cgroups still have processes, the first is {busy[0]}",
-                hint="stop the agents first; enforcement stays",
-            )
-        self.close()
-        shutil.rmtree(self._pin_dir / LINKS_DIR, ignore_errors=True)
-        for path in self._pin_dir.iterdir() if self._pin_dir.exists() else ():
-            path.unlink(missing_ok=True)
-        if self._pin_dir.exists():
-            self._pin_dir.rmdir()
+        with self._life:
+            if not force and (busy := self._attachments.busy()):
+                raise Conflict(
+                    f"{len(busy)} agent cgroups still have processes, the first is {busy[0]}",
+                    hint="stop the agents first; enforcement stays",
+                )
+            self.close()
+            shutil.rmtree(self._pin_dir / LINKS_DIR, ignore_errors=True)
+            for path in self._pin_dir.iterdir() if self._pin_dir.exists() else ():
+                path.unlink(missing_ok=True)
+            if self._pin_dir.exists():
+                self._pin_dir.rmdir()
 
     # -- containers outside the agents' parent ---------------------------------------------------
 

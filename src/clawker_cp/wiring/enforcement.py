@@ -134,12 +134,19 @@ class Enforcement:
 
     async def open_until(self, agent: EnrolledAgent, until_ns: int, seconds: float) -> None:
         """
-        Let an agent pass until a moment of the kernel's clock; ring, gate and kernel each end it by themselves.
+        Let an agent pass until a moment of the kernel's clock; ring, gate and kernel each end it by themselves. One
+        that fails leaves nothing open.
         """
-        if self._ring is not None and not agent.learn:
-            await self._ring.admit_all(agent.address, seconds)
+        try:
+            if self._ring is not None and not agent.learn:
+                await self._ring.admit_all(agent.address, seconds)
+            self._manager.bypass(agent.cgroup_id, until_ns)
+        except BaseException:
+            # The ring may have opened without telling, or alone.
+            if self._ring is not None and not agent.learn:
+                await self._ring.end_all(agent.address)
+            raise
         self._roster.update(agent.id, bypass_until_ns=until_ns)
-        self._manager.bypass(agent.cgroup_id, until_ns)
 
     async def end_bypass(self, agent: EnrolledAgent) -> int:
         """

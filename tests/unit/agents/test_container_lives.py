@@ -342,6 +342,25 @@ def test_any_order_ends_in_what_the_engine_says(
     asyncio.run(play())
 
 
+async def test_a_quarantine_between_judging_and_enrolling_holds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is enrolled again, as after a change of networks, is what an operator said last."""
+    world.engine.put(Container())
+    await world.lives.refresh(ID)
+    put = world.policy.put_ephemeral
+
+    async def meanwhile(key: str, rules: str, *, learn: bool = False) -> int:
+        world.quarantines.put(ID, OPERATOR, "now", 1)
+        return await put(key, rules, learn=learn)
+
+    monkeypatch.setattr(world.policy, "put_ephemeral", meanwhile)
+    world.engine.put(Container(address="198.51.100.8"))
+    await world.lives.refresh(ID)
+
+    known = world.roster.by_id(ID)
+    assert known is not None and (known.address, known.quarantined) == ("198.51.100.8", True)
+    assert world.kernel.rows[7].quarantined
+
+
 async def test_a_way_out_given_later_quarantines_then(tmp_path: Path) -> None:
     """An exposure of an agent that runs is judged like one from the start, once, and isolates it (row 34)."""
     world = World(tmp_path, quarantine_exposed=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from clawker_cp._fast import bpfmap
 from clawker_cp.ebpf import routes
 from clawker_cp.ebpf.config import AgentConfig, NameRow, mapped
 from clawker_cp.ebpf.manager import Manager
@@ -103,6 +105,32 @@ def test_what_was_closed_is_adopted(manager: Manager, place: tuple[Path, Path]) 
         assert following.sync_routes(rows(routes.SMALL + 1), (), ()).changed == 0
     finally:
         following.close()
+
+
+def test_a_flush_beside_a_load_takes_all_of_it_away(place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that was given up loads on in its thread: what it made goes with what is flushed meanwhile."""
+    load, begun, go_on = Manager._load_object, threading.Event(), threading.Event()
+
+    def gated(manager: Manager, level: int) -> bpfmap.BpfObject:
+        begun.set()
+        assert go_on.wait(10)
+        return load(manager, level)
+
+    monkeypatch.setattr(Manager, "_load_object", gated)
+    cgroup, pins = place
+    started = Manager(pins, max_agents=64)
+    loading = threading.Thread(target=started.load, args=(cgroup,))
+    flushing = threading.Thread(target=started.flush)
+    loading.start()
+    assert begun.wait(10)
+    flushing.start()
+    flushing.join(0.2)  # as far as it gets
+    go_on.set()
+    loading.join(10)
+    flushing.join(10)
+
+    assert not pins.exists()
+    assert not started.loaded
 
 
 def test_flush_refuses_while_an_agent_lives(manager: Manager, place: tuple[Path, Path]) -> None:

@@ -16,8 +16,8 @@ import pytest
 from clawker_cp.engines.host import console as module
 from clawker_cp.engines.host.console import Console
 from clawker_cp.engines.host.process import start_time
-from clawker_cp.errors import Conflict, InvalidInput
-from clawker_cp.testing.descriptors import beyond_select
+from clawker_cp.errors import Conflict, InvalidInput, Unavailable
+from clawker_cp.testing.descriptors import beyond_select, no_descriptor_left
 
 
 @asynccontextmanager
@@ -174,6 +174,26 @@ def test_a_record_of_something_else_is_no_console(tmp_path: Path, record: bytes)
     """Garbage, and a process that merely has the number, are not taken."""
     (tmp_path / module.RECORD).write_bytes(record)
     assert Console.reopen(tmp_path) is None
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_streams_that_cannot_be_kept_leave_nothing(tmp_path: Path, *, tty: bool) -> None:
+    """Neither descriptors nor a holder, whether the record cannot be written or no descriptor is left half-way."""
+
+    def ours() -> tuple[set[str], str]:
+        return set(os.listdir("/proc/self/fd")), Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+    before = ours()
+    with pytest.raises(Unavailable, match="cannot write"):
+        Console.open(tmp_path / "gone", tty=tty)
+    last = [os.dup(0) for _ in range(3)]
+    with no_descriptor_left():
+        for fd in last:
+            os.close(fd)
+        with pytest.raises(Unavailable, match="cannot be kept"):
+            Console.open(tmp_path, tty=tty)
+
+    assert ours() == before
 
 
 async def test_a_server_with_thousands_of_descriptors_closes_a_console(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from clawker_cp.ebpf.manager import Manager
 from clawker_cp.engines.base import AgentNetwork, Publish
 from clawker_cp.engines.host.direct import Admitted, Direct
 from clawker_cp.engines.host.sockets import SocketInfo
-from clawker_cp.errors import Unavailable
+from clawker_cp.errors import Conflict, DeadlineExceeded, Unavailable
 from clawker_cp.firewall.changes import Change
 from clawker_cp.firewall.compile import Compiled
 from clawker_cp.firewall.plan import TCP, UDP
@@ -77,6 +77,7 @@ class Ring:
     def __init__(self) -> None:
         self.admitted: dict[str, Admitted] = {}
         self.open: dict[str, float | None] = {}
+        self.late = False
         self.transactions = 0
 
     async def admit_each(self, wanted: Mapping[str, Admitted]) -> None:
@@ -85,6 +86,8 @@ class Ring:
 
     async def admit_all(self, address: str, seconds: float | None) -> None:
         self.open[address] = seconds
+        if self.late:
+            raise DeadlineExceeded("nft did not end")
 
     async def end_all(self, address: str) -> None:
         self.open.pop(address, None)
@@ -249,6 +252,20 @@ async def test_withdrawal_leaves_nothing_of_an_agent(world: World) -> None:
     await world.enforcement.withdraw(ONE)
     assert ONE.cgroup_id not in world.manager.agents() and forgotten == [ONE.cgroup_id]
     assert world.connections.of(ONE.address) == {}
+
+
+async def test_a_bypass_that_fails_leaves_nothing_open(world: World) -> None:
+    """Neither the ring, when the kernel has no row, nor anything, when the ring opened and did not say so in time."""
+    with pytest.raises(Conflict, match="not enrolled"):
+        await world.enforcement.open_until(ONE, NEVER, 30)
+    assert world.ring.open == {}
+
+    await world.enroll(ONE)
+    world.ring.late = True
+    with pytest.raises(DeadlineExceeded):
+        await world.enforcement.open_until(ONE, NEVER, 30)
+    assert world.ring.open == {}
+    assert world.manager.agents()[ONE.cgroup_id].bypass_until_ns == world.known(ONE).bypass_until_ns == 0
 
 
 async def test_a_bypass_is_a_deadline_everywhere_and_ends_everywhere(world: World) -> None:

@@ -70,28 +70,41 @@ class Console:
         """
         Make the streams; returns the console and what the command gets, which the caller closes.
         """
-        if tty:
-            ours, theirs = pty.openpty()
-            read_fd, write_fd = ours, ours
-            streams = (theirs, os.dup(theirs), os.dup(theirs))
-        else:
-            stdin, write_fd = os.pipe()
-            read_fd, stdout = os.pipe()
-            streams = (stdin, stdout, os.dup(stdout))
+        made: list[int] = []
+
+        def copy(fd: int) -> int:
+            made.append(os.dup(fd))
+            return made[-1]
+
         try:
+            if tty:
+                made += pty.openpty()
+                read_fd, write_fd = made[0], made[0]
+                streams = (made[1], copy(made[1]), copy(made[1]))
+            else:
+                made += os.pipe()
+                made += os.pipe()
+                stdin, write_fd, read_fd, stdout = made
+                streams = (stdin, stdout, copy(stdout))
             process = subprocess.Popen(
                 _HOLDER, pass_fds=sorted({read_fd, write_fd}), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, start_new_session=True, cwd="/", env={"PATH": os.defpath},
             )  # fmt: skip
         except OSError as error:
-            for fd in {*streams, read_fd, write_fd}:
+            for fd in made:
                 os.close(fd)
             raise Unavailable(f"the sandbox's streams cannot be kept: {error.strerror}") from error
         started = start_time(process.pid)
         console = cls(directory, tty=tty, read_fd=read_fd, write_fd=write_fd, holder=process.pid, started=started)
         console._process = process
         record = {"tty": tty, "read": read_fd, "write": write_fd, "holder": process.pid, "started": started}
-        (directory / RECORD).write_bytes(orjson.dumps(record))
+        try:
+            (directory / RECORD).write_bytes(orjson.dumps(record))
+        except OSError as error:
+            for fd in streams:
+                os.close(fd)
+            console.close()
+            raise Unavailable(f"cannot write {directory / RECORD}: {error.strerror}") from error
         return console, streams
 
     @classmethod
