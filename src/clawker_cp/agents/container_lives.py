@@ -143,6 +143,7 @@ class ContainerLives(Generic[C]):
         self._failed: dict[str, str] = {}
         self._exposed: dict[str, Sequence[str]] = {}  # as last told
         self._denied: dict[str, C] = {}
+        self._half_isolated: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._containers)
@@ -302,10 +303,12 @@ class ContainerLives(Generic[C]):
     async def _isolate(self, container_id: str) -> None:
         """What an owner gives away while the agent runs counts as what it had from the start."""
         agent = self._roster.by_id(container_id)
-        if agent is None or agent.quarantined:
+        if agent is None or (agent.quarantined and container_id not in self._half_isolated):
             return
         if await asyncio.to_thread(self._quarantines.get, container_id) is not None:
+            self._half_isolated.add(container_id)  # the roster says so first; a ring that failed is tried again
             await self._enforcement.isolate(agent)
+            self._half_isolated.discard(container_id)
             log.warning("quarantined", id=container_id[:12], agent=agent.key, cause=EXPOSURE)
 
     def _check(self, container: C) -> None:
@@ -345,6 +348,7 @@ class ContainerLives(Generic[C]):
         self._failed.pop(container_id, None)
         self._exposed.pop(container_id, None)
         self._denied.pop(container_id, None)
+        self._half_isolated.discard(container_id)
         if agent is not None:
             await self._settle(container_id)
             await self._withdraw(agent)

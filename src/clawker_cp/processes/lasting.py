@@ -79,7 +79,7 @@ class LastingProcess:
         mark = _read_mark(self._mark_path)
         if mark is not None and start_time(mark.pid) == mark.started:
             if mark.digest == digest:
-                self._hold(mark.pid)
+                self._hold(mark.pid, os.pidfd_open(mark.pid))
                 log.info("processes_adopted", name=self.name, pid=mark.pid)
                 return True
             await asyncio.to_thread(_end, mark.pid)
@@ -144,7 +144,7 @@ class LastingProcess:
         try:
             with self._log_path.open("ab") as output:
                 self._log_start = output.tell()
-                self._popen = subprocess.Popen(
+                child = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -159,15 +159,23 @@ class LastingProcess:
                 )
         except OSError as error:
             raise Unavailable(f"cannot start {self.name} ({self._command[0]}): {error.strerror}") from error
-        pid = self._popen.pid
+        pid = child.pid
         started = start_time(pid) or 0
-        self._write_mark(_Mark(pid, started, digest))
-        self._hold(pid)
+        try:
+            self._write_mark(_Mark(pid, started, digest))
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            # Nobody would find it again: it would run beside the next one, and after the last.
+            child.kill()
+            child.wait()
+            raise Unavailable(f"cannot keep hold of {self.name} ({self._mark_path}): {error.strerror}") from error
+        self._hold(pid, pidfd)
+        self._popen = child
         log.info("processes_started", name=self.name, pid=pid)
 
-    def _hold(self, pid: int) -> None:
+    def _hold(self, pid: int, pidfd: int) -> None:
         self._let_go()
-        self._pidfd = os.pidfd_open(pid)
+        self._pidfd = pidfd
         self._pid = pid
 
     def _let_go(self) -> None:

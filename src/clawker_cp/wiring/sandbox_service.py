@@ -96,9 +96,11 @@ class SandboxService:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 self._begun.set()
-                await asyncio.Event().wait()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self._group = None
         finally:
-            self._group = None
             for console in self._consoles.values():
                 console.leave()
             self._consoles.clear()
@@ -108,9 +110,7 @@ class SandboxService:
         Enrol a sandbox and start its command. All or nothing; raises what engine and policy raise.
         """
         self._require_up()
-        group = self._group
-        if group is None:
-            raise Conflict("the control plane is shutting down", code="QUEUE_CLOSED")
+        self._following()
         spec = replace(spec, extra={"rules": NO_RULES, "learn": False, DETACHED: True, "auto_remove": auto_remove})
         console: Console | None = None
         row: SandboxRow | None = None
@@ -127,6 +127,7 @@ class SandboxService:
                     for fd in streams:
                         os.close(fd)
                 await in_thread_to_the_end(partial(self._rows.started, sandbox.id, int(self._wall())))
+                group = self._following()  # it may have ended meanwhile: nobody would follow this one
         except BaseException:
             if console is not None:
                 console.close()
@@ -222,6 +223,11 @@ class SandboxService:
             yield Attached(streams, ended, signal)
 
     # -- inner -------------------------------------------------------------------------------
+
+    def _following(self) -> asyncio.TaskGroup:
+        if self._group is None:
+            raise Conflict("the control plane is shutting down", code="QUEUE_CLOSED")
+        return self._group
 
     def _follow(self, sandbox_id: str, console: Console | None, group: asyncio.TaskGroup, *, auto_remove: bool) -> None:
         if console is not None:

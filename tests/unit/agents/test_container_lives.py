@@ -375,6 +375,31 @@ async def test_a_way_out_given_later_quarantines_then(tmp_path: Path) -> None:
     assert world.kernel.told == ["attach 7", "admit 7", "attach 7", "isolate 7"]
 
 
+async def test_an_isolation_that_failed_half_way_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The roster knows of it before the ring does: that alone does not count as done."""
+    world = World(tmp_path, quarantine_exposed=True)
+    world.engine.put(Container())
+    await world.lives.refresh(ID)
+
+    async def half(agent: EnrolledAgent) -> None:
+        world.roster.update(agent.id, quarantined=True)
+        raise Unavailable("nft did not end")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(world.kernel, "isolate", half)
+        world.engine.put(Container(exposures=("second_network:aside",)))
+        await world.lives.attempt(ID)
+    failures = world.lives.failures()
+    await world.lives.retry()
+    await world.lives.refresh(ID)
+    world.database.close()
+
+    assert failures == {ID: "nft did not end"} and world.lives.failures() == {}
+    assert world.kernel.told.count("isolate 7") == 1
+
+
 async def test_who_is_refused_is_shown_and_tried_again(tmp_path: Path) -> None:
     """A full table leaves the agent denied and listed with the cause; the next try enrols it."""
     world = World(tmp_path)

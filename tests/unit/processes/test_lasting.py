@@ -70,6 +70,22 @@ async def test_the_end_is_noticed_and_the_last_words_are_kept(tmp_path: Path) ->
     assert not (tmp_path / "child.pid").exists()
 
 
+async def test_a_child_that_would_not_be_found_again_is_ended(tmp_path: Path) -> None:
+    """Where the mark cannot be written nothing runs on; and one that ended is no zombie of ours."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = children.read_text()
+    lost = LastingProcess("child", ("sleep", "60"), tmp_path / "gone" / "child.pid", tmp_path / "child.log")
+    with pytest.raises(Unavailable, match="cannot keep hold of child"):
+        await lost.start("d")
+    assert not lost.running
+    assert children.read_text() == before
+
+    process = _make(tmp_path)
+    await process.start("d")
+    await process.stop()
+    assert children.read_text() == before
+
+
 async def test_what_cannot_be_started_says_so(tmp_path: Path) -> None:
     """A missing binary is `Unavailable`, naming it."""
     with pytest.raises(Unavailable, match="/nonexistent"):

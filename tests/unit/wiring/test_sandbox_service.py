@@ -212,6 +212,25 @@ async def test_a_start_that_is_given_up_was_never_there(world: World) -> None:
     assert world.rows.all() == [] and world.engine.enrolled == set() and world.engine.made == {}
 
 
+async def test_a_start_that_the_servers_end_overtakes_was_never_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would follow it, and its caller hears that there is none."""
+    following, begin = asyncio.ensure_future(world.service.run()), world.engine.run
+
+    async def overtaken(sandbox_id: str, streams: tuple[int, int, int]) -> None:
+        await begin(sandbox_id, streams)
+        following.cancel()
+        await asyncio.wait([following])
+
+    monkeypatch.setattr(world.engine, "run", overtaken)
+    await world.service.wait_running()
+    with pytest.raises(Conflict, match="shutting down"):
+        await world.start()
+
+    assert world.rows.all() == [] and world.engine.enrolled == set() and world.engine.made == {}
+
+
 async def test_nothing_begins_while_the_firewall_is_off_or_the_server_ends(world: World) -> None:
     """Each refusal has its reason, and comes before anything is made."""
     with pytest.raises(Conflict, match="shutting down") as ending:
