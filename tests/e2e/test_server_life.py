@@ -330,20 +330,23 @@ async def test_a_creation_that_is_given_up_leaves_nothing(machine: Machine) -> N
                 except TimeoutError:
                     continue
                 made += 1
-            async with asyncio.timeout(40):
-                while left := (await client.call("ListSandboxes", C.ListSandboxesRequest(all=True))).sandboxes:
-                    for one in left:
-                        if one.state == C.SANDBOX_STATE_RUNNING:  # made whole: in time, or as its caller left
-                            removal = C.RemoveSandboxRequest(id=one.id, force=True)
-                            await refused(client.call("RemoveSandbox", removal))  # it may be going already
-                    await asyncio.sleep(0.05)
-            result["made"] = made
+            result["made"], until = made, time.monotonic() + 40
+            while left := (await client.call("ListSandboxes", C.ListSandboxesRequest(all=True))).sandboxes:
+                if time.monotonic() > until:
+                    break
+                for one in left:
+                    if one.state == C.SANDBOX_STATE_RUNNING:  # made whole: in time, or as its caller left
+                        removal = C.RemoveSandboxRequest(id=one.id, force=True)
+                        await refused(client.call("RemoveSandbox", removal))  # it may be going already
+                await asyncio.sleep(0.05)
+            result["left"] = [told(one) for one in left]
         """)
         namespaces = await machine.host.run(["ip", "netns", "list"])
         running = (machine.host.cgroup / "cgroup.procs").read_text().split()
         tools = [name for name in map(_name_of, running) if name in {"nft", "ip", "bridge"}]
 
     assert said["made"] < 24
+    assert said["left"] == [], served.state()
     assert namespaces.out == "" and tools == []
 
 

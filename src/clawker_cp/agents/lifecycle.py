@@ -202,7 +202,7 @@ class SandboxLives:
         return [agent.id for agent in left if agent.id not in self._lives]
 
     async def _end(self, agent: EnrolledAgent, *, grace_s: float = 0.0) -> None:
-        if agent.id in self._ending:
+        while agent.id in self._ending:
             await self._ending[agent.id].wait()
         if agent.id not in self._lives:
             return

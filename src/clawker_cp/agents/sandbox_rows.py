@@ -76,8 +76,13 @@ class SandboxRows:
 
     def finished(self, sandbox_id: str, at_unix: int, exit_code: int) -> None:
         """
-        Note the end, and drop the oldest ended rows above `KEPT`.
+        Note the end, and drop the oldest ended rows above `KEPT`. One that goes with its end, or is being removed, is
+        forgotten.
         """
+        row = self.get(sandbox_id)
+        if row is not None and _goes_at_end(row):
+            self.remove(sandbox_id)
+            return
         self._change(sandbox_id, state=SandboxState.EXITED, finished_at=at_unix, exit_code=exit_code)
         self._database.execute(
             "DELETE FROM sandboxes WHERE state = ? AND id NOT IN "
@@ -113,9 +118,9 @@ class SandboxRows:
         for row in self.all():
             if row.id in living:
                 continue
-            if row.state is SandboxState.CREATED or _goes_at_end(row):
+            if row.state is SandboxState.CREATED:
                 self.remove(row.id)
-            elif row.state is not SandboxState.EXITED:
+            elif row.state is not SandboxState.EXITED or _goes_at_end(row):
                 self.finished(row.id, at_unix, UNKNOWN_END)
 
     def remove(self, sandbox_id: str) -> bool:

@@ -134,7 +134,7 @@ class SandboxService:
             if row is not None:
                 await self._forget(row.id)
             raise
-        self._follow(sandbox.id, console, group, auto_remove=auto_remove)
+        self._follow(sandbox.id, console, group)
         return replace(row, state=SandboxState.RUNNING, started_at=int(self._wall())), sandbox
 
     def settle(self) -> None:
@@ -156,7 +156,7 @@ class SandboxService:
         if not sandbox.spec.extra.get(DETACHED) or self._group is None:
             return False
         console = Console.reopen(sandbox.directory)
-        self._follow(sandbox.id, console, self._group, auto_remove=bool(sandbox.spec.extra.get("auto_remove")))
+        self._follow(sandbox.id, console, self._group)
         return True
 
     def listed(self, *, everything: bool) -> list[tuple[SandboxRow, Sandbox | None]]:
@@ -229,26 +229,21 @@ class SandboxService:
             raise Conflict("the control plane is shutting down", code="QUEUE_CLOSED")
         return self._group
 
-    def _follow(self, sandbox_id: str, console: Console | None, group: asyncio.TaskGroup, *, auto_remove: bool) -> None:
+    def _follow(self, sandbox_id: str, console: Console | None, group: asyncio.TaskGroup) -> None:
         if console is not None:
             console.start()
             self._consoles[sandbox_id] = console
         ended = self._ended[sandbox_id] = asyncio.get_running_loop().create_future()
-        group.create_task(self._finish(sandbox_id, console, ended, auto_remove=auto_remove), name="sandbox")
+        group.create_task(self._finish(sandbox_id, console, ended), name="sandbox")
 
-    async def _finish(
-        self, sandbox_id: str, console: Console | None, ended: asyncio.Future[int], *, auto_remove: bool
-    ) -> None:
+    async def _finish(self, sandbox_id: str, console: Console | None, ended: asyncio.Future[int]) -> None:
         code = 137
         try:
             code = await self._lives.finish(sandbox_id)
         except (ClawkerError, OSError) as error:
             log.info("sandbox_gone", id=sandbox_id[:12], cause=str(error))
         try:
-            if auto_remove:
-                await asyncio.to_thread(self._rows.remove, sandbox_id)
-            else:
-                await asyncio.to_thread(self._rows.finished, sandbox_id, int(self._wall()), code)
+            await asyncio.to_thread(self._rows.finished, sandbox_id, int(self._wall()), code)
         except (ClawkerError, OSError) as error:
             log.warning("sandbox_row_unwritten", id=sandbox_id[:12], cause=str(error))
         if not ended.done():

@@ -28,6 +28,16 @@ def test_a_sandbox_goes_from_created_to_exited(rows: SandboxRows) -> None:
     assert rows.get("s1") == SandboxRow("s1", "{}", SandboxState.EXITED, 1, 2, 3, 137)
 
 
+def test_one_that_is_being_removed_is_forgotten_by_whoever_sees_its_end(rows: SandboxRows) -> None:
+    """A removal that failed and an end that is seen later leave no row; an ended one that stays keeps its own."""
+    for name in ("removed", "stays"):
+        rows.put(SandboxRow(name, "{}", SandboxState.RUNNING, 1, 2))
+    rows.forget_at_end("removed")
+    rows.finished("removed", 3, 0)
+    rows.finished("stays", 3, 0)
+    assert [row.id for row in rows.all()] == ["stays"]
+
+
 def test_what_ended_unseen_is_settled(rows: SandboxRows) -> None:
     """Of those that do not live, a run one has ended, one half made, half removed or kept for its life is forgotten."""
     plain, brief = '{"extra": {"auto_remove": false}}', '{"extra": {"auto_remove": true}}'
