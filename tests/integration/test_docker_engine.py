@@ -6,10 +6,8 @@ import asyncio
 import io
 import tarfile
 import time
-from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
 
 from clawker_cp.engines.base import Publish
 from clawker_cp.engines.docker import network as agents_network
@@ -26,12 +24,6 @@ pytestmark = [
 ]  # fmt: skip
 
 NET = agents_network.NAME
-
-
-@pytest_asyncio.fixture
-async def docker() -> AsyncIterator[DockerWorld]:
-    async with HostNamespace() as host, DockerWorld(host) as world:
-        yield world
 
 
 # -- who there is ----------------------------------------------------------------------------------

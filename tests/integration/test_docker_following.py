@@ -6,11 +6,9 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from clawker_cp.engines.docker import network as agents_network
 from clawker_cp.engines.docker_client import DockerClient
@@ -26,12 +24,6 @@ pytestmark = [
 ]  # fmt: skip
 
 NET = agents_network.NAME
-
-
-@pytest_asyncio.fixture
-async def docker() -> AsyncIterator[DockerWorld]:
-    async with HostNamespace() as host, DockerWorld(host) as world:
-        yield world
 
 
 async def test_events_of_a_life_come_in_order_with_labels(docker: DockerWorld) -> None:

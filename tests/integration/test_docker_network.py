@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 
 import docker as sdk
 import pytest
-import pytest_asyncio
 
 from clawker_cp.config import NetworkSettings, Octets
 from clawker_cp.engines.docker import network as agents_network
@@ -18,7 +16,6 @@ from clawker_cp.engines.docker.stack import SiblingProcess
 from clawker_cp.errors import Conflict, NotFound, Unavailable
 from clawker_cp.testing import docker_world
 from clawker_cp.testing.docker_world import DockerWorld, missing
-from clawker_cp.testing.world import HostNamespace
 
 pytestmark = [
     pytest.mark.root, pytest.mark.docker, pytest.mark.slow,
@@ -26,12 +23,6 @@ pytestmark = [
 ]  # fmt: skip
 
 NET = agents_network.NAME
-
-
-@pytest_asyncio.fixture
-async def docker() -> AsyncIterator[DockerWorld]:
-    async with HostNamespace() as host, DockerWorld(host) as world:
-        yield world
 
 
 async def test_network_is_made_once_with_room_for_the_static_addresses(docker: DockerWorld) -> None:

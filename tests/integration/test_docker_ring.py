@@ -45,13 +45,6 @@ from clawker_cp.testing.sandbox_world import eventually, tcp_server, until
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 
-@pytest.fixture(params=[False, True], ids=["bridge-alone", "bridge-nf-call"])
-async def contained(request: pytest.FixtureRequest) -> AsyncIterator[Yard]:
-    """The control plane is a container; with and without the host's rules seeing bridged packets."""
-    async with yard(AS_CONTAINER, bridged_calls=request.param) as made:
-        yield made
-
-
 @pytest.fixture
 async def hosted() -> AsyncIterator[Yard]:
     async with yard(ON_HOST) as made:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 from clawker_cp.engines.base import AgentNetwork
@@ -27,18 +25,10 @@ from clawker_cp.testing.bridge_world import (
     six,
     take,
     udp,
-    yard,
 )
 from clawker_cp.testing.sandbox_world import tcp_server, until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
-
-
-@pytest.fixture(params=[False, True], ids=["bridge-alone", "bridge-nf-call"])
-async def contained(request: pytest.FixtureRequest) -> AsyncIterator[Yard]:
-    """The control plane is a container; with and without the host's rules seeing bridged packets."""
-    async with yard(AS_CONTAINER, bridged_calls=request.param) as made:
-        yield made
 
 
 async def test_replaced_rules_keep_what_living_agents_were_admitted_to(contained: Yard) -> None:

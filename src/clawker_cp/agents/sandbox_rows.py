@@ -79,11 +79,12 @@ class SandboxRows:
         Note the end, and drop the oldest ended rows above `KEPT`. One that goes with its end, or is being removed, is
         forgotten.
         """
-        row = self.get(sandbox_id)
-        if row is not None and _goes_at_end(row):
-            self.remove(sandbox_id)
-            return
-        self._change(sandbox_id, state=SandboxState.EXITED, finished_at=at_unix, exit_code=exit_code)
+        with self._database.transaction():
+            row = self.get(sandbox_id)
+            if row is not None and _goes_at_end(row):
+                self.remove(sandbox_id)
+            elif row is not None:
+                self.put(replace(row, state=SandboxState.EXITED, finished_at=at_unix, exit_code=exit_code))
         self._database.execute(
             "DELETE FROM sandboxes WHERE state = ? AND id NOT IN "
             "(SELECT id FROM sandboxes WHERE state = ? ORDER BY finished_at DESC, id LIMIT ?)",

@@ -17,6 +17,7 @@ CNAME, OPT = 5, 41
 CLASS_IN = 1
 ADDRESS_BYTES = {1: 4, 28: 16}  # by type: A, AAAA
 MAX_NAME = 255
+MAX_POINTERS = 16  # in one name, as for dnspython: a chain of thousands would hold the loop
 MAX_TTL = 2**31 - 1  # RFC 2181, 8
 POINTER = 0xC000
 
@@ -114,7 +115,8 @@ def read_addresses(message: bytes, question: bytes) -> AddressAnswer | None:
 
     Sections that nobody is shown are walked through, not read.
     """
-    size = ADDRESS_BYTES.get(_TWO.unpack_from(question, len(question) - 4)[0])
+    (asked,) = _TWO.unpack_from(question, len(question) - 4)
+    size = ADDRESS_BYTES.get(asked)
     at = HEADER + len(question)
     if size is None or message[3] & 15 or message[HEADER:at].lower() != question.lower():
         return None
@@ -122,7 +124,7 @@ def read_addresses(message: bytes, question: bytes) -> AddressAnswer | None:
     if questions != 1:
         return None
     try:
-        records, at = _answers(message, at, answers, _TWO.unpack_from(question, len(question) - 4)[0], size)
+        records, at = _answers(message, at, answers, asked, size)
         for _ in range(authority + additional):
             _, at = _name(message, at)
             kind, _, extended, length = _FIXED.unpack_from(message, at)
@@ -162,14 +164,15 @@ def _answers(message: bytes, at: int, count: int, asked: int, size: int) -> tupl
 
 def _name(message: bytes, at: int) -> tuple[bytes, int]:
     """Read a name; returns it without compression, and where it ends. Raises IndexError or ValueError."""
-    name, end, before = b"", 0, at
+    name, end, before, pointers = b"", 0, at, 0
     while True:
         octet = message[at]
         if octet >= 192:
             end = end or at + 2
             at = (octet & 63) << 8 | message[at + 1]
-            # Each pointer leads to before the last, so they come to an end.
-            if not HEADER <= at < before:
+            pointers += 1
+            # Each pointer leads to before the last.
+            if not HEADER <= at < before or pointers > MAX_POINTERS:
                 raise ValueError
             before = at
             continue

@@ -29,9 +29,9 @@ def asked(name: str, kind: str) -> bytes:
     return wire + struct.pack("!HH", TYPES.get(kind, 16), 1)
 
 
-def answered(name: str, kind: str, *records: str, **options: object) -> bytes:
+def answered(name: str, kind: str, *records: str) -> bytes:
     """A forwarder's message with records `owner TTL TYPE DATA`, each on its own also where they are one set."""
-    reply = dns.message.make_response(dns.message.make_query(name, kind), **options)  # type: ignore[arg-type]
+    reply = dns.message.make_response(dns.message.make_query(name, kind))
     for text in records:
         owner, ttl, kind_of, data = text.split(" ", 3)
         reply.answer.append(dns.rrset.from_text(owner.rstrip(".") + ".", int(ttl), "IN", kind_of, data))
@@ -55,7 +55,8 @@ def sets(message: dns.message.Message) -> set[tuple[str, int, int, frozenset[str
 def slow(message: bytes, question: bytes) -> tuple[Shape, int]:
     """The same by dnspython: what goes out, and how long it may be kept."""
     rcode, life_s, records = resolved._parsed(message, struct.unpack("!H", question[-4:-2])[0])
-    return resolved._write(question, rcode, records, EVERYTHING, private=True)[0], life_s  # type: ignore[arg-type]
+    assert isinstance(records, tuple)
+    return resolved._write(question, rcode, records, EVERYTHING, private=True)[0], life_s
 
 
 def same(message: bytes, question: bytes) -> None:
@@ -129,6 +130,18 @@ def changed(at: int, octets: bytes) -> bytes:
     return message[:at] + octets + message[at + len(octets) :]
 
 
+def chained(pointers: int) -> bytes:
+    """A plain answer, and an additional record whose owner is so many pointers, each to the one before it."""
+    message = answered("www.example.com", "A", "www.example.com 5 A 203.0.113.1")
+    chain, before = bytearray(), HEADER
+    for _ in range(pointers - 1):
+        chain += struct.pack("!H", 0xC000 | before)
+        before = len(message) + 12 + len(chain) - 2
+    unknown = b"\xc0\x0c" + struct.pack("!HHIH", 65000, 1, 5, len(chain)) + chain
+    owned = struct.pack("!HHHIH", 0xC000 | before, 65000, 1, 5, 0)
+    return message[:11] + b"\2" + message[12:] + unknown + owned
+
+
 QUESTION = asked("www.example.com", "A")
 RECORD = HEADER + len(QUESTION)
 
@@ -149,18 +162,26 @@ RECORD = HEADER + len(QUESTION)
         (changed(RECORD, struct.pack("!H", 0xC000 | RECORD)), QUESTION),
         (changed(RECORD, b"\xc0\2"), QUESTION),
         (changed(RECORD, b"\x40"), QUESTION),
+        (chained(17), QUESTION),
         (changed(11, b"\1"), QUESTION),
         (changed(11, b"\1") + b"\0\0\x29\4\xd0\1\0\0\0\0\0", QUESTION),
     ],
     ids=[
         "signature", "nothing", "alias alone", "other type", "text", "other question", "name does not exist",
         "other class", "negative TTL", "too long", "pointer to itself", "pointer into the header", "unknown label",
-        "record missing", "extended code",
+        "chain of pointers", "record missing", "extended code",
     ],
 )  # fmt: skip
 def test_everything_else_is_left_to_dnspython(message: bytes, question: bytes) -> None:
     """Whatever is not exactly addresses and aliases of class IN, whole and without an error, is not judged here."""
     assert read_addresses(message, question) is None
+
+
+def test_pointers_up_to_the_bound_are_followed() -> None:
+    """Sixteen pointers in one name are read, as dnspython reads them; thousands would hold the loop."""
+    assert read_addresses(chained(16), QUESTION) is not None
+    dns.message.from_wire(chained(16))
+    assert read_addresses(chained(8000), QUESTION) is None
 
 
 @settings(max_examples=500)

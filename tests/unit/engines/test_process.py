@@ -76,6 +76,12 @@ def test_process_that_took_over_a_pid_is_not_ours(tmp_path: Path) -> None:
         assert process.start_time(child.pid) == 0
 
 
+async def test_what_is_no_process_has_gone() -> None:
+    """Only a missing descriptor is waited for; a number that no process can have is nobody's, at once."""
+    async with asyncio.timeout(LIMIT_S):
+        await process.wait_gone(0)
+
+
 async def test_end_of_a_process_is_seen(tmp_path: Path) -> None:
     """Waiting ends with the process, and at once for another process with that pid."""
     with sleeper() as child:

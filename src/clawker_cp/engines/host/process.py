@@ -8,6 +8,7 @@ control plane. Nothing here decides when a process may start.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ STATUS_FILE = "status"
 START_LIMIT_S = 10.0
 POLL_S = 0.005
 DESCRIPTOR_PAUSE_S = 0.1
+_NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 UNKNOWN_EXIT = 137  # killed before it could say
 OWN_FAILURE = 125  # ruling R40: the sandbox could not be set up
 # Signals that a terminal or a shell sends to a whole job; others are for the command alone.
@@ -143,9 +145,10 @@ async def wait_gone(pid: int, started: int = 0) -> None:
     while True:
         try:
             pidfd = os.pidfd_open(pid)
-        except (ProcessLookupError, ValueError):
-            return
-        except OSError:  # no descriptor is to be had: that says nothing about the process
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) or error.errno not in _NO_DESCRIPTOR:
+                return
+            # That says nothing about the process.
             await asyncio.sleep(DESCRIPTOR_PAUSE_S)
         else:
             break
