@@ -74,6 +74,8 @@ def test_connected_before_enrolment(world: SocketWorld) -> None:
         early("connect", datagram, OTHER, 5000)
         early("send", datagram, "before")
         early("receive", datagram)
+        early("send", stream, "before")
+        early("receive", stream)  # by now the server has seen the connection, and says no more of it
     world.manager.enroll(cgroup_id(cgroup), CONFIG)
     world.arrived()
     world.events()

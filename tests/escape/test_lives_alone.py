@@ -62,8 +62,10 @@ result["bypass"] = sessions[0].bypass_until_unix
 await client.call("RemoveSandbox", C.RemoveSandboxRequest(id="{said["id"]}", force=True, grace_seconds=1))
 """
         )
+        # Once the drain has taken the address translation away, the host itself refuses what the other end repeats.
+        late = [p for p in await machine.world.packets() if p.get("dst") in {DATABASE, DATAGRAMS}]
     assert sent and seen["bypass"] == 0
-    assert [p for p in await machine.world.packets() if p.get("dst") in {DATABASE, DATAGRAMS}] == []
+    assert late == []
 
 
 async def test_slots_run_out_closed(machine: Machine) -> None:

@@ -83,7 +83,7 @@ class Sniffer:
             self._socket = None
 
     def clear(self) -> None:
-        self._read()
+        self._read(limit=1 << 30)  # what came before is not to be found afterwards
         self._flows.clear()
         self.missed = 0
 
