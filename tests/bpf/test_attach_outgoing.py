@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 
 import pytest
 
@@ -74,11 +73,10 @@ def test_everything_else_is_refused_at_once(
     handle = agent.tcp(family) if how == "tcp" else agent.udp(family)
     if "255" in addr:
         agent("option", handle, socket.SOL_SOCKET, socket.SO_BROADCAST, "01000000")
-    call = ("sendto", handle, "out", addr, port) if how == "sendto" else ("connect", handle, addr, port)
-    started = time.monotonic()
+    # With a limit of 0 seconds a connection that is only being tried is EINPROGRESS.
+    call = ("sendto", handle, "out", addr, port) if how == "sendto" else ("connect", handle, addr, port, 0)
 
     assert agent.error(*call) == errno
-    assert time.monotonic() - started < 0.05
     assert world.decisions() == [f"denied {reason}"]
     assert world.arrived() == []
 

@@ -110,19 +110,19 @@ async def test_address_and_cidr_rules_reach_addresses(machine: Machine) -> None:
 
 
 async def test_everything_else_is_refused_at_once_with_a_reason(machine: Machine) -> None:
-    """Names, addresses, ports and families that no rule names fail within 50 ms and are recorded."""
+    """Names, addresses, ports and families that no rule names fail without any waiting and are recorded."""
     code = """
-import socket, time
+import errno, socket
 targets = [(2, ("198.51.100.10", 22)), (2, ("198.51.100.10", 6379)), (2, ("192.0.2.2", 80))]
 targets.append((10, ("2001:db8::10", 443)))
 for family, address in targets:
-    started = time.monotonic()
+    s = socket.socket(family, socket.SOCK_STREAM)
+    s.setblocking(False)  # a connection that is only being tried is EINPROGRESS
     try:
-        s = socket.socket(family, socket.SOCK_STREAM)
         s.connect(address)
         print("CONNECTED", address)
     except OSError as error:
-        print(error.errno, (time.monotonic() - started) < 0.05)
+        print("connect", errno.errorcode[error.errno])
 try:
     socket.getaddrinfo("evil.example.org", 443)
     print("RESOLVED")
@@ -133,7 +133,7 @@ except OSError as error:
     done = await machine.python(code, "--allow", "https://api.example.com")
 
     assert "CONNECTED" not in done.out and "RESOLVED" not in done.out
-    assert done.out.count("True") == 4
+    assert [line for line in done.out.splitlines() if line.startswith("connect")] == ["connect ECONNREFUSED"] * 4
     assert done.denied(reason="no_route", port=22)
     assert done.denied(reason="ipv6_unrouted")
     assert done.denied(reason="not_allowed", host="evil.example.org")
