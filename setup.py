@@ -149,15 +149,17 @@ def extensions() -> list[Extension]:
     from Cython.Compiler import Options
 
     Options.warning_errors = True
-    libbpf = output(tool("pkg-config"), "--libs", "libbpf").split()
     made = []
     for source in sorted(FAST.glob("*.pyx")):
-        bridge = "bpf_shim" in source.read_text()
+        text = source.read_text()
+        bridge = "bpf_shim" in text
+        libraries = [name for name, used in (("libbpf", bridge), ("libcrypto", "openssl/" in text)) if used]
+        linked = output(tool("pkg-config"), "--libs", *libraries).split() if libraries else []
         made.append(
             Extension(
                 f"clawker_cp._fast.{source.stem}", [str(source)], include_dirs=["bpf", str(FAST)],
                 extra_compile_args=[*GENERATED_C, *TUNING],
-                extra_link_args=[*SANITIZERS, *(libbpf if bridge else [])],
+                extra_link_args=[*SANITIZERS, *linked],
                 depends=["bpf/clawker_abi.h", *([str(SHIM), str(FAST / "bpf_shim.h")] if bridge else [])],
                 define_macros=[("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else [],
             )

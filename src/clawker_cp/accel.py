@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING or os.environ.get("CLAWKER_CP_NO_EXTENSIONS") == "1":
+    from clawker_cp._pure.bearer import presented_token
     from clawker_cp._pure.dnswire import Query, build_reply, parse_query
     from clawker_cp._pure.events import decode_events as _decode
     from clawker_cp._pure.names import NameMatcher
@@ -20,6 +21,7 @@ if TYPE_CHECKING or os.environ.get("CLAWKER_CP_NO_EXTENSIONS") == "1":
     IMPLEMENTATION = "pure"
 else:
     try:
+        from clawker_cp._fast.bearer import presented_token
         from clawker_cp._fast.dnswire import Query, build_reply, parse_query
         from clawker_cp._fast.events import decode_events as _decode
         from clawker_cp._fast.names import NameMatcher
@@ -94,5 +96,6 @@ __all__ = [
     "has_scope",
     "libbpf_version",
     "parse_query",
+    "presented_token",
     "scope_words",
 ]

@@ -41,6 +41,17 @@ def test_the_key_binds_token_and_certificate(kind: Any) -> None:
     assert len({kind.key(CERTIFICATE, b"t"), kind.key(OTHER, b"t"), kind.key(CERTIFICATE, b"u")}) == 3
 
 
+def test_what_is_presented_is_found_by_its_key(kind: Any) -> None:
+    """`find` is `lookup` of the key: a grant, nothing for another certificate, an error for what is no text."""
+    cache = kind()
+    token = "a.b-c" * 200
+    store(cache, token.encode())
+    assert cache.find(CERTIFICATE, token, 0.0, 0.0) is GRANT
+    assert cache.find(OTHER, token, 0.0, 0.0) is True and cache.find(CERTIFICATE, token + "x", 0.0, 0.0) is True
+    with pytest.raises(UnicodeEncodeError):
+        cache.find(CERTIFICATE, "\ud800", 0.0, 0.0)
+
+
 def test_a_grant_is_found_until_its_time_is_over(kind: Any) -> None:
     """The entry's end counts on the monotonic clock and the token's on the wall clock, at every hit."""
     cache = kind()
@@ -229,6 +240,8 @@ class Twins(RuleBasedStateMachine):
     def look(self, token: bytes) -> None:
         key = self.fast.key(CERTIFICATE, token)
         assert self.fast.lookup(key, self.now, self.now) == self.pure.lookup(key, self.now, self.now)
+        presented = (CERTIFICATE, token.decode(), self.now, self.now)
+        assert self.fast.find(*presented) == self.pure.find(*presented)
 
     @rule(token=tokens, certificate=st.sampled_from([CERTIFICATE, OTHER]), exp=st.integers(0, 20))
     def bind(self, token: bytes, certificate: bytes, exp: int) -> None:

@@ -58,6 +58,10 @@ class TokenCache:
         """The key of a token presented with a certificate, given as SHA-256 of its DER."""
         return sha256(b"\x01" + certificate + token).digest()
 
+    def find(self, certificate: bytes, token: str, wall: float, monotonic: float) -> Granted | bool:
+        """`lookup` by what was presented, in one call."""
+        return self.lookup(self.key(certificate, token.encode()), wall, monotonic)
+
     def lookup(self, key: bytes, wall: float, monotonic: float) -> Granted | bool:
         """
         The grant, False for a token known to be inactive, True for "ask".

@@ -108,10 +108,9 @@ class Authorizer:
         """
         Judge from the cache: None = may pass, `Pending` = has to be asked. `certificate` is SHA-256 of the DER.
         """
-        key = self._cache.key(certificate, token.encode())
-        found = self._cache.lookup(key, self._wall(), self._monotonic())
+        found = self._cache.find(certificate, token, self._wall(), self._monotonic())
         if found is True:
-            return Pending(key)
+            return Pending(self._cache.key(certificate, token.encode()))
         return INACTIVE if found is False else self._judge(found, scope)  # type: ignore[arg-type]
 
     async def ask(self, pending: Pending, token: str, certificate: bytes, scope: str) -> Refusal | None:
@@ -171,9 +170,10 @@ class Authorizer:
             await asyncio.wait(self._tasks, timeout=1.0)
 
     def _judge(self, granted: Granted, scope: str) -> Refusal | None:
-        if not has_scope(granted.scope, scope) or (self.client_id and granted.client_id != self.client_id):
-            return Refusal(True, f'token missing required scope "{scope}"', f"client {granted.client_id!r}")
-        return None
+        client_id, held, _ = granted
+        if has_scope(held, scope) and (not self.client_id or client_id == self.client_id):
+            return None
+        return Refusal(True, f'token missing required scope "{scope}"', f"client {client_id!r}")
 
     def _begin(self, key: bytes, digest: bytes, token: str, certificate: bytes) -> _Flight:
         flight = self._flights[key] = _Flight(certificate)

@@ -1,8 +1,8 @@
 """
-The bearer token of a call, out of its metadata (contract 3.7). Pure.
+Whether what a call presents can be a bearer token at all (contract 3.7). Pure.
 
-In two steps, because of the budget of a cached call: `presented_token` is what every call pays, `is_token` scans it
-and is owed only for a token nobody knows yet, before it is asked about.
+In two steps, because of the budget of a cached call: `accel.presented_token` is what every call pays, `is_token` scans
+it and is owed only for a token nobody knows yet, before it is asked about.
 """
 
 from __future__ import annotations
@@ -10,27 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-HEADER = "authorization"
-PREFIX = "Bearer "
-MAX_TOKEN_BYTES = 8 * 1024
+from clawker_cp.accel import presented_token
+
 _FORM = re.compile(r"[!-~]+")
-
-
-def presented_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """
-    Return what stands after `Bearer ` in the only header of that name; "" without one, or above 8 KiB.
-
-    The prefix is case-sensitive.
-    """
-    found: str | bytes | None = None
-    for key, value in metadata:
-        if key == HEADER:
-            if found is not None:
-                return ""
-            found = value
-    if type(found) is not str or not found.startswith(PREFIX) or len(found) > MAX_TOKEN_BYTES + len(PREFIX):
-        return ""
-    return found[len(PREFIX) :]
 
 
 def is_token(presented: str) -> bool:

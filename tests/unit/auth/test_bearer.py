@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clawker_cp.auth.bearer import MAX_TOKEN_BYTES, bearer_token, is_token, presented_token
+from clawker_cp._pure.bearer import MAX_TOKEN_BYTES
+from clawker_cp.accel import presented_token
+from clawker_cp.auth.bearer import bearer_token, is_token
 
 
 def test_one_good_header_gives_the_token() -> None:
