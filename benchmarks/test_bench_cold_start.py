@@ -23,7 +23,7 @@ from clawker_cp.testing.machine import Machine, machine_with_world
 from clawker_cp.testing.served import Served, serving
 
 pytestmark = [pytest.mark.root, pytest.mark.envoy, pytest.mark.slow, pytest.mark.timeout(900)]
-AGENTS, RULES, CHANGES, STARTS = 100, (10, 100, 1000), 60, 5
+AGENTS, RULES, CHANGES, STARTS = 100, (10, 100, 1000), 102, 5
 IMPORTS = "import clawker_cp.app, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
 ADD_RULES = """
@@ -33,6 +33,7 @@ await client.call("PutRules", C.PutRulesRequest(rules=rules))
 """
 CHANGE_RULES = """
 result["ms"] = []
+await client.call("ListRules", C.ListRulesRequest())  # a caller has its connection
 async def timed(method, request):
     began = time.perf_counter()
     answer = await client.call(method, request)
