@@ -14,7 +14,7 @@ from clawker_cp.cli.decisions import decision_line
 from clawker_cp.firewall.check import allow_command
 from clawker_cp.telemetry.flows import DENIED, PROXY, Flow
 from clawker_cp.telemetry.summary import Destination, Summary
-from clawker_cp.wiring.reports import allow_option
+from clawker_cp.wiring.reports import POLL_S, QUIET_POLL_S, allow_option, next_pause
 
 # What an HTTP path and a method may hold, quotes, backticks and pipes included.
 PATHS = st.text(alphabet="aA0/._~!$&'()*+,;=:@%-", max_size=30).map(lambda tail: "/" + tail)
@@ -67,3 +67,15 @@ def test_an_agent_cannot_write_on_the_terminal(path: str) -> None:
 def test_the_option_that_would_have_allowed_it(target: Destination, expected: str) -> None:
     """The usual protocol of a port is named; what no rule could allow gets no suggestion."""
     assert allow_option(target) == expected
+
+
+def test_a_quiet_ring_is_looked_at_less_often_and_a_busy_one_is_not() -> None:
+    """The pause grows to its limit while nothing comes, never beyond, and one record ends that."""
+    pauses = [POLL_S]
+    for _ in range(30):
+        pauses.append(next_pause(pauses[-1], 0))
+
+    assert pauses == sorted(pauses) and pauses[-1] == QUIET_POLL_S
+    assert next_pause(QUIET_POLL_S, 1) == POLL_S
+    # A ring of 4 MiB holds 43,690 records: a storm that begins in the longest pause is read before it is full.
+    assert QUIET_POLL_S * 200_000 < 43_690 / 4
