@@ -156,7 +156,6 @@ class RpcWorld:
                 yield server, channel
         finally:
             await server.stop(0)
-            await _calls_ended()
 
     def channel(self, port: int, pair: Pair | None = None, options: Sequence[tuple[str, Any]] = ()) -> Any:
         """A channel of its own connection, with a certificate."""
@@ -167,15 +166,6 @@ class RpcWorld:
         return grpc.aio.secure_channel(
             f"localhost:{port}", credentials, options=[("grpc.use_local_subchannel_pool", 1), *options]
         )
-
-
-async def _calls_ended() -> None:
-    """
-    Let the tasks end that grpc has for calls it refused by itself: nobody awaits them.
-    """
-    theirs = [task for task in asyncio.all_tasks() if task.get_name().startswith(("rpc_task", "HandleExceptions["))]
-    if theirs:
-        await asyncio.wait(theirs, timeout=5.0)
 
 
 def bearer(token: str) -> Metadata:
