@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,24 @@ from clawker_cp.agents.database import SCHEMA_VERSION, Database
 from clawker_cp.agents.registry import Registry
 from clawker_cp.errors import Conflict, Unavailable
 
-
-def opened(path: Path) -> Database:
-    database = Database(path)
-    database.open()
-    return database
+Opened = Callable[[Path], Database]
 
 
-def test_a_new_database_is_private_and_durable(tmp_path: Path) -> None:
+@pytest.fixture
+def opened() -> Iterator[Opened]:
+    """Opens databases; closes them when the test is over."""
+    with contextlib.ExitStack() as stack:
+
+        def open_one(path: Path) -> Database:
+            database = Database(path)
+            database.open()
+            stack.callback(database.close)
+            return database
+
+        yield open_one
+
+
+def test_a_new_database_is_private_and_durable(tmp_path: Path, opened: Opened) -> None:
     """The file is root's only, in WAL mode, synced on every commit, with our schema version."""
     database = opened(tmp_path / "deep" / "controlplane.db")
     assert stat.S_IMODE(database.path.stat().st_mode) == 0o600
@@ -36,7 +48,7 @@ def test_a_new_database_is_private_and_durable(tmp_path: Path) -> None:
         database.query("SELECT 1")
 
 
-def test_a_wider_mode_is_taken_back(tmp_path: Path) -> None:
+def test_a_wider_mode_is_taken_back(tmp_path: Path, opened: Opened) -> None:
     """A file that others could read is made private when it is opened."""
     opened(tmp_path / "cp.db").close()
     (tmp_path / "cp.db").chmod(0o644)
@@ -44,7 +56,7 @@ def test_a_wider_mode_is_taken_back(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "cp.db").stat().st_mode) == 0o600
 
 
-def test_a_database_of_the_released_server_keeps_its_rows(tmp_path: Path) -> None:
+def test_a_database_of_the_released_server_keeps_its_rows(tmp_path: Path, opened: Opened) -> None:
     """Its extra column goes, its agents stay, and they are found by the registry."""
     path = tmp_path / "cp.db"
     old = sqlite3.connect(path)
@@ -62,7 +74,7 @@ def test_a_database_of_the_released_server_keeps_its_rows(tmp_path: Path) -> Non
     assert (row.container_id, row.agent, row.project, row.registered_at) == ("c1", "dev", "shop", 5)
 
 
-def test_a_database_of_a_later_version_is_refused_untouched(tmp_path: Path) -> None:
+def test_a_database_of_a_later_version_is_refused_untouched(tmp_path: Path, opened: Opened) -> None:
     """The error names both schema versions; the file keeps its bytes."""
     path = tmp_path / "cp.db"
     later = sqlite3.connect(path)
@@ -74,7 +86,7 @@ def test_a_database_of_a_later_version_is_refused_untouched(tmp_path: Path) -> N
     assert path.read_bytes() == before
 
 
-def test_garbage_is_no_database(tmp_path: Path) -> None:
+def test_garbage_is_no_database(tmp_path: Path, opened: Opened) -> None:
     """A file of other content is an error that names it, not an empty registry."""
     path = tmp_path / "cp.db"
     path.write_bytes(b"not a database" * 100)
@@ -84,7 +96,7 @@ def test_garbage_is_no_database(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"not a database")
 
 
-def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_transaction_leaves_nothing(tmp_path: Path, opened: Opened) -> None:
     """What ran before the failure is taken back, and a broken constraint is a conflict."""
     database = opened(tmp_path / "cp.db")
     insert = "INSERT INTO oauth_jti VALUES ('one', 'clawker-cli', 1)"
@@ -94,7 +106,7 @@ def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
     assert database.query("SELECT * FROM oauth_jti") == []
 
 
-def test_what_was_committed_survives_a_kill(tmp_path: Path) -> None:
+def test_what_was_committed_survives_a_kill(tmp_path: Path, opened: Opened) -> None:
     """A process killed right after a commit has lost nothing of it."""
     script = (
         "import os, signal, sys; from pathlib import Path; from clawker_cp.agents.database import Database\n"
