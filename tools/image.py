@@ -22,6 +22,7 @@ import image_base
 
 ROOT = Path(__file__).parent.parent.resolve()
 CACHE = ROOT / "build" / "image"
+IMAGE_PYTHON = "/usr/bin/python3"  # Debian's, which comes with the base; this one may be another
 BASES = {"BUILD_BASE": ("build", "clawker-build-base"), "RUNTIME_BASE": ("image", "clawker-runtime-base")}
 
 
@@ -29,15 +30,17 @@ def fetch_wheels(directory: Path = CACHE / "wheels") -> None:
     """Have the wheels of everything that the build and the package ask for; again only when that changes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = sorted([*project["build-system"]["requires"], *project["project"]["dependencies"]])
+    said = subprocess.run([IMAGE_PYTHON, "--version"], check=True, capture_output=True, text=True).stdout
+    minor = ".".join(said.split()[1].split(".")[:2])
     stamp = directory / "wanted.txt"
-    text = f"{sys.version_info[:2]}\n" + "\n".join(wanted)
+    text = f"{minor}\n" + "\n".join(wanted)
     if stamp.exists() and stamp.read_text() == text:
         return
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob("*.whl"):
         old.unlink()
-    download = [sys.executable, "-m", "pip", "download", "-q", "--only-binary", ":all:", "-d", str(directory)]
-    subprocess.run([*download, *wanted], check=True)
+    download = [sys.executable, "-m", "pip", "download", "-q", "--only-binary", ":all:", "--python-version", minor]
+    subprocess.run([*download, "-d", str(directory), *wanted], check=True)
     stamp.write_text(text)
 
 
@@ -61,8 +64,8 @@ def build(docker: list[str], tag: str, extra: list[str]) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fetch_wheels()
         arguments = [f"--build-arg={key}={have_base(docker, *where)}" for key, where in BASES.items()]
+        fetch_wheels()
     arguments.append(f"--build-arg=VERSION={version('clawker-cp')}")
     subprocess.run(
         [*docker, "build", "--network", "none", *arguments, *extra, "-t", tag, str(ROOT)],
