@@ -42,13 +42,11 @@ class Quarantines:
         """
         if cause not in CAUSES:
             raise InvalidInput(f"cause: {cause!r} is not one of {', '.join(CAUSES)}")
-        known = self.get(container_id)
-        if known is not None and known.cause == OPERATOR and cause != OPERATOR:
-            return
+        # One statement: an operator's word may come from another thread at the same time.
         self._database.execute(
             "INSERT INTO quarantines (container_id, reason, by_operator, since, cause) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (container_id) DO UPDATE SET reason = excluded.reason, by_operator = excluded.by_operator, "
-            "since = excluded.since, cause = excluded.cause",
+            "since = excluded.since, cause = excluded.cause WHERE excluded.by_operator OR NOT quarantines.by_operator",
             (container_id, reason, int(cause == OPERATOR), since, cause),
         )
 
@@ -86,16 +84,17 @@ class Quarantines:
         """
         An operator's release, accepting `exposures` from now on; returns whether there was a quarantine.
         """
-        was = self.get(container_id) is not None
         accepted = "\n".join(sorted(set(exposures)))
-        if accepted:
+        with self._database.transaction():
+            was = self.get(container_id) is not None
+            if not accepted:
+                self.forget(container_id)
+                return was
             self._database.execute(
                 "INSERT INTO quarantines VALUES (?, '', 0, 0, ?, ?) ON CONFLICT (container_id) DO UPDATE "
                 "SET reason = '', by_operator = 0, since = 0, cause = excluded.cause, exposures = excluded.exposures",
                 (container_id, _ACCEPTED, accepted),
             )
-        else:
-            self._database.execute("DELETE FROM quarantines WHERE container_id = ?", (container_id,))
         return was
 
     def accepts(self, container_id: str, exposures: Iterable[str]) -> bool:

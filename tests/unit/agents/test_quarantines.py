@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from clawker_cp.agents.database import Database
@@ -59,3 +64,30 @@ def test_an_unknown_cause_is_refused(quarantines: Quarantines) -> None:
     """The error names the causes there are."""
     with pytest.raises(InvalidInput, match="trust, exposure, operator"):
         quarantines.put("c1", "mood", "", 1)
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads change places after a microsecond instead of five milliseconds."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless")
+def test_an_operators_word_holds_among_threads(quarantines: Quarantines) -> None:
+    """Said at the same time as an automatic cause it wins, whichever statement comes first."""
+    names = [f"c{number}" for number in range(300)]
+    together = threading.Barrier(2, timeout=20)
+
+    def say(cause: str) -> None:
+        for name in names:
+            together.wait()
+            quarantines.put(name, cause, "", 1)
+
+    with ThreadPoolExecutor(2) as pool:
+        for said in [pool.submit(say, cause) for cause in (EXPOSURE, OPERATOR)]:
+            said.result(timeout=60)
+
+    assert {row.cause for row in quarantines.all().values()} == {OPERATOR}
