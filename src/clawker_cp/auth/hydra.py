@@ -8,6 +8,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import httpx
 import structlog
@@ -15,6 +16,7 @@ import structlog
 from clawker_cp.auth.authority.ledger import Ledger
 from clawker_cp.auth.authority.service import TOKEN_LIFE_S
 from clawker_cp.errors import Unavailable
+from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
 
@@ -76,7 +78,7 @@ class BarList:
         after the answer counts.
         """
         now = int(self._wall())
-        await asyncio.to_thread(self._ledger.bar, kind, id_, now, now + TOKEN_LIFE_S)
+        await in_thread_to_the_end(partial(self._ledger.bar, kind, id_, now, now + TOKEN_LIFE_S))
         log.info("token_revoked", kind=kind, client=id_ if kind == "client" else "")
         if kind != "digest":
             await self._sleep(min(max(now + 1 - self._wall(), 0.0), 1.0))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 from clawker_cp.agents.directory import resolve
 from clawker_cp.agents.registry import RegisteredAgent, Registry
@@ -148,18 +148,24 @@ class TokenRevocation:
     ) -> int:
         """
         Returns how many cached entries that dropped. Raises `InvalidInput` for a digest that is none.
+
+        Cancelled or failed it has dropped them too: what the authority wrote nevertheless holds at once.
         """
         if token:
             token_sha256 = sha256(token.encode()).hexdigest()
         if token_sha256:
             digest = _digest(token_sha256)
-            await self._authority.bar("digest", digest.hex())
-            return sum(cache.revoke(token_sha256=digest) for cache in self._caches)
+            return await self._barred("digest", digest.hex(), token_sha256=digest)
         if client_id:
-            await self._authority.bar("client", client_id)
-            return sum(cache.revoke(client_id=client_id) for cache in self._caches)
-        await self._authority.bar("all", "")
-        return sum(cache.revoke(everything=everything) for cache in self._caches)
+            return await self._barred("client", client_id, client_id=client_id)
+        return await self._barred("all", "", everything=everything)
+
+    async def _barred(self, kind: str, id_: str, **selector: Any) -> int:
+        try:
+            await self._authority.bar(kind, id_)
+        finally:
+            dropped = sum(cache.revoke(**selector) for cache in self._caches)
+        return dropped
 
 
 def _digest(text: str) -> bytes:

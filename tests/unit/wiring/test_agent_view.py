@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -98,6 +99,24 @@ async def test_the_authority_hears_of_a_revocation_before_the_caches() -> None:
         journal.told.clear()
         await revocation.revoke(**selector)
         assert journal.told[0] == barred and len(journal.told) == 3
+
+
+async def test_a_revocation_that_is_given_up_drops_what_is_cached() -> None:
+    """Its caller left while the authority wrote: what is written by then is not served from a cache."""
+
+    class Slow(Journal):
+        async def bar(self, kind: str, id_: str) -> None:
+            writes.set()
+            await asyncio.Event().wait()
+
+    writes, journal = asyncio.Event(), Slow()
+    revoking = asyncio.create_task(TokenRevocation(journal, [journal]).revoke(client_id="c"))
+    await writes.wait()
+    revoking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await revoking
+
+    assert journal.told == [{"client_id": "c"}]
 
 
 @pytest.mark.parametrize("text", ["xyz", "ab", "g" * 64, "a" * 63])

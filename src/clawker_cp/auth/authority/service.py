@@ -11,6 +11,7 @@ import hmac
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from typing import Any
 from urllib.parse import parse_qsl
@@ -26,6 +27,7 @@ from clawker_cp.auth.rates import RateLimit, too_many
 from clawker_cp.auth.scopes import AGENT_CLIENT
 from clawker_cp.auth.tally import TokenTally
 from clawker_cp.runtime.asgi import MAX_BODY_BYTES, Answer, refusal, unavailable
+from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
 
@@ -207,7 +209,7 @@ class TokenAuthority:
         Revoke by `digest` (hex SHA-256 of a token), `client` or `all`, for everything issued until now.
         """
         now = int(self._wall())
-        await asyncio.to_thread(self._ledger.bar, kind, id_, now, now + TOKEN_LIFE_S)
+        await in_thread_to_the_end(partial(self._ledger.bar, kind, id_, now, now + TOKEN_LIFE_S))
         log.info("token_revoked", kind=kind, client=id_ if kind == "client" else "")
 
     # -- inner -------------------------------------------------------------------------------
