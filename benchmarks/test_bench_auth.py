@@ -18,8 +18,10 @@ from typing import Any
 import cachetools
 import pytest
 
+from clawker_cp._fast.bearer import presented_token as fast_header
 from clawker_cp._fast.scopes import has_scope as fast_scope
 from clawker_cp._fast.tokencache import TokenCache as Fast
+from clawker_cp._pure.bearer import presented_token as plain_header
 from clawker_cp._pure.scopes import has_scope as plain_scope
 from clawker_cp._pure.tokencache import TokenCache as Plain
 from clawker_cp.accel import Granted
@@ -139,6 +141,7 @@ class Call:
 def test_bench_admit(benchmark: Any, kind: Any, scopes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything between the interceptor and the handler for a cached token: pin, header, cache, client, scope."""
     monkeypatch.setattr("clawker_cp.auth.authorizer.has_scope", fast_scope if kind is Fast else plain_scope)
+    monkeypatch.setattr("clawker_cp.rpc.auth.presented_token", fast_header if kind is Fast else plain_header)
     text = " ".join([*(f"agent:other:scope-{number}" for number in range(scopes - 1)), "admin"])
     authority = Authority(**{TOKEN: active(text)})
     # Longer than the benchmark runs; the checks at every hit are the same.

@@ -22,7 +22,7 @@ import image_base
 
 ROOT = Path(__file__).parent.parent.resolve()
 CACHE = ROOT / "build" / "image"
-IMAGE_PYTHON = "/usr/bin/python3"  # Debian's, which comes with the base; this one may be another
+IMAGE_PYTHON = "/usr/bin/python3"  # Debian's, which comes with the base; the one that runs this may be another
 BASES = {"BUILD_BASE": ("build", "clawker-build-base"), "RUNTIME_BASE": ("image", "clawker-runtime-base")}
 
 
@@ -31,15 +31,14 @@ def fetch_wheels(directory: Path = CACHE / "wheels") -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = sorted([*project["build-system"]["requires"], *project["project"]["dependencies"]])
     said = subprocess.run([IMAGE_PYTHON, "--version"], check=True, capture_output=True, text=True).stdout
-    minor = ".".join(said.split()[1].split(".")[:2])
     stamp = directory / "wanted.txt"
-    text = f"{minor}\n" + "\n".join(wanted)
+    text = said + "\n".join(wanted)
     if stamp.exists() and stamp.read_text() == text:
         return
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob("*.whl"):
         old.unlink()
-    download = [sys.executable, "-m", "pip", "download", "-q", "--only-binary", ":all:", "--python-version", minor]
+    download = [sys.executable, "-m", "pip", "--python", IMAGE_PYTHON, "download", "-q", "--only-binary", ":all:"]
     subprocess.run([*download, "-d", str(directory), *wanted], check=True)
     stamp.write_text(text)
 

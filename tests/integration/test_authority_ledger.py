@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from clawker_cp.agents.database import Database
 from clawker_cp.auth.authority import ledger
+from clawker_cp.auth.authority.service import TokenAuthority
+from clawker_cp.auth.hydra import BarList
+
+
+def embedded(kept: ledger.Ledger) -> TokenAuthority:
+    key = ec.generate_private_key(ec.SECP256R1())
+    return TokenAuthority(key, "kid", kept, issuer="https://localhost/", audience="https://localhost/token")
 
 
 def test_spent_numbers_are_forgotten_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,4 +61,38 @@ def test_a_revocation_is_not_lost_to_another_thread(tmp_path: Path, monkeypatch:
         barring.join()
         assert kept.is_barred(jti="", digest="", client_id="c", iat=200)
     finally:
+        database.close()
+
+
+@pytest.mark.parametrize("made", [embedded, BarList], ids=["embedded", "hydra"])
+async def test_a_revocation_given_up_ends_when_it_is_written(
+    tmp_path: Path, made: Callable[[ledger.Ledger], TokenAuthority | BarList]
+) -> None:
+    """Whoever empties caches after it finds the token barred: no thread writes on behind them."""
+    database = Database(tmp_path / "cp.db")
+    database.open()
+    locked, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with database.transaction():
+            locked.set()
+            release.wait(20)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    try:
+        assert locked.wait(20)
+        kept = ledger.Ledger(database)
+        barring = asyncio.create_task(made(kept).bar("digest", "ab" * 32))
+        await asyncio.sleep(0)
+        barring.cancel()
+        await asyncio.wait([barring], timeout=0.2)  # as far as it gets
+        assert not barring.done()
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await barring
+        assert kept.is_barred(jti="", digest="ab" * 32, client_id="c", iat=0)
+    finally:
+        release.set()
+        holding.join(20)
         database.close()

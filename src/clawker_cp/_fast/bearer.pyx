@@ -7,8 +7,9 @@ Twin of `_pure/bearer.py`, which states the contract; chosen by `accel.py`.
 
 cdef str HEADER = "authorization"
 cdef str PREFIX = "Bearer "
+cdef Py_ssize_t BEGIN = len(PREFIX)
 MAX_TOKEN_BYTES = 8 * 1024
-cdef Py_ssize_t LONGEST = MAX_TOKEN_BYTES + len(PREFIX)
+cdef Py_ssize_t LONGEST = BEGIN + MAX_TOKEN_BYTES
 
 
 def presented_token(metadata not None):
@@ -23,4 +24,4 @@ def presented_token(metadata not None):
             found = value
     if type(found) is not str or len(<str>found) > LONGEST or not (<str>found).startswith(PREFIX):
         return ""
-    return (<str>found)[7:]
+    return (<str>found)[BEGIN:]

@@ -87,14 +87,14 @@ class Quarantines:
         accepted = "\n".join(sorted(set(exposures)))
         with self._database.transaction():
             was = self.get(container_id) is not None
-            if not accepted:
+            if accepted:
+                self._database.execute(
+                    "INSERT INTO quarantines VALUES (?, '', 0, 0, ?, ?) ON CONFLICT (container_id) DO UPDATE SET "
+                    "reason = '', by_operator = 0, since = 0, cause = excluded.cause, exposures = excluded.exposures",
+                    (container_id, _ACCEPTED, accepted),
+                )
+            else:
                 self.forget(container_id)
-                return was
-            self._database.execute(
-                "INSERT INTO quarantines VALUES (?, '', 0, 0, ?, ?) ON CONFLICT (container_id) DO UPDATE "
-                "SET reason = '', by_operator = 0, since = 0, cause = excluded.cause, exposures = excluded.exposures",
-                (container_id, _ACCEPTED, accepted),
-            )
         return was
 
     def accepts(self, container_id: str, exposures: Iterable[str]) -> bool:
