@@ -8,6 +8,8 @@ import asyncio
 import os
 import random
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from clawker_cp.testing.machine import Machine, outcome
 ENVOY_TOO = 0.3  # how often Envoy is killed a moment before the server
 KILL_ENVOY = "kill -9 $(sed 's/[^0-9]*\\([0-9]*\\).*/\\1/' {mark})"
 KILLS = int(os.environ.get("CLAWKER_TEST_KILLS", "5"))
+MOMENTS = int(os.environ.get("CLAWKER_TEST_MOMENTS", "4"))
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
@@ -112,6 +115,60 @@ async def test_killing_the_server_opens_nothing_and_the_next_one_adopts(machine:
     assert "AFTER True" in done.out, done.err[-1500:]
     assert done.code == 9, done.err[-1500:]
     assert len(killed) == KILLS + 1
+
+
+async def kill_server(machine: Machine) -> None:
+    await machine.host.run(["sh", "-c", "kill -9 $(cat /run/clawker/cp.pid)"])
+
+
+@asynccontextmanager
+async def one_run(machine: Machine) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A command that is to run once and to end with 9, and what came of it."""
+    ran, pipe = machine.workdir / "ran", asyncio.subprocess.PIPE
+    command = ["/bin/sh", "-c", "echo once >> ran; sleep 0.5; echo said; exit 9"]
+    argv = machine.argv("--allow", "https://www.example.com", command=command)
+    process = await machine.host.start(
+        argv, env=machine.environment, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe
+    )
+    try:
+        yield process
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+        told = ran.read_text() if ran.exists() else ""
+    finally:
+        ran.unlink(missing_ok=True)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert (told, out.decode(), process.returncode) == ("once\n", "said\n", 9), err.decode()[-1500:]
+
+
+@pytest.mark.parametrize("seed", range(MOMENTS))
+async def test_a_server_killed_while_it_starts_a_command_neither_loses_nor_repeats_it(
+    machine: Machine, seed: int
+) -> None:
+    """Killed twice at any moment from its first: the command runs once, its output and its code arrive."""
+    chance = random.Random(seed)
+    async with one_run(machine):
+        for _ in range(2):
+            await asyncio.sleep(chance.uniform(0.2, 1.6))
+            await kill_server(machine)
+
+
+@pytest.mark.parametrize("seed", range(MOMENTS))
+async def test_a_server_killed_while_a_command_ends_tells_its_code(machine: Machine, seed: int) -> None:
+    """Whether it was taken apart, half or not at all, and killed again by then: the code arrives."""
+    chance = random.Random(seed)
+    async with one_run(machine) as process:
+        await wait_for(machine, f"test -e {machine.workdir}/ran")
+        await asyncio.sleep(chance.uniform(0.45, 0.85))
+        known = await server_pid(machine)
+        await kill_server(machine)
+        again = f'test "$(cat /run/clawker/cp.pid)" != {known}'
+        while process.returncode is None and (await machine.host.run(["sh", "-c", again])).code:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(chance.uniform(0.0, 1.2))
+        await kill_server(machine)
 
 
 async def test_killing_envoy_opens_nothing_and_it_comes_back(machine: Machine) -> None:

@@ -494,3 +494,69 @@ async def test_sandboxes_outlive_a_killed_server_and_are_adopted(tmp_path: Path)
         finally:
             await end(adopting)
         assert not list((host.state / "sandboxes").iterdir())
+
+
+async def test_the_code_of_a_sandbox_that_is_gone_is_told_by_the_next_server(tmp_path: Path) -> None:
+    """Whoever waits for it may hear it from a server that never saw the sandbox."""
+    async with running_host(tmp_path) as host:
+        one = await host.start("sh", "-c", "exit 8")
+        await host.engine.wait(one)
+        await host.engine.remove(one, force=True, grace_s=0)
+        await host.engine.aclose(remove=False)
+        adopting = make_engine(host.state, host.cgroup_parent)
+        try:
+            await adopting.start()
+            told = adopting.exit_code(one), await adopting.wait(one)
+        finally:
+            await end(adopting)
+
+        assert told == (8, 8)
+        assert sorted(path.name for path in host.state.iterdir()) == ["sandboxes"]
+
+
+KILLED_WHILE_STARTING = """
+import asyncio, os, signal
+from pathlib import Path
+from clawker_cp.engines.base import SandboxSpec
+from clawker_cp.engines.host import engine as module, process
+from clawker_cp.testing.sandbox_world import make_engine
+def dies(_what):
+    os.kill(os.getpid(), signal.SIGKILL)
+write_record = module.write_record
+def writes_and_dies(sandbox):
+    write_record(sandbox)
+    dies(sandbox)
+async def main():
+    engine = make_engine(Path({state!r}), {parent!r})
+    await engine.start()
+    spec = SandboxSpec(project="p", agent="one", argv=("touch", "ran"), workdir={workdir!r})
+    sandbox = await engine.create(spec)
+    print(sandbox.id, flush=True)
+    {place}
+    with open(os.devnull, "r+b") as nothing:
+        await engine.run(sandbox.id, (nothing.fileno(),) * 3)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("place", ["dies(None)", "module.write_record = dies", "module.write_record = writes_and_dies"])
+async def test_a_command_that_no_server_could_tell_of_never_runs(tmp_path: Path, place: str) -> None:
+    """A server killed before it let the command go leaves nothing that runs or has ended: it can be asked for again."""
+    async with running_host(tmp_path) as host:
+        await host.engine.aclose(remove=True)
+        script = KILLED_WHILE_STARTING.format(
+            state=str(host.state), parent=host.cgroup_parent, workdir=str(host.workdir), place=place
+        )
+        server = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+        async with asyncio.timeout(20):
+            out, _err = await server.communicate()
+        assert server.returncode == -signal.SIGKILL
+        adopting = make_engine(host.state, host.cgroup_parent)
+        try:
+            await adopting.start()
+            left, code = adopting.living(), adopting.exit_code(out.decode().strip())
+        finally:
+            await end(adopting)
+
+        assert (left, code) == ([], None)
+        assert not (host.workdir / "ran").exists()

@@ -7,7 +7,7 @@ What runs is the engine's to know; this is the durable history of it. Synchronou
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,19 +110,21 @@ class SandboxRows:
             if row.id in ids and _goes_at_end(row):
                 self.remove(row.id)
 
-    def settle(self, living: Collection[str], at_unix: int) -> None:
+    def settle(self, living: Collection[str], at_unix: int, exit_code: Callable[[str], int | None]) -> None:
         """
-        Bring the rows to what became of sandboxes while no server ran: those that do not live have ended.
+        Bring the rows to what became of sandboxes while no server ran: those that do not live have ended, with the
+        code that `exit_code` knows or `UNKNOWN_END`.
 
         Forgotten are those that were never started, were being removed, or go with their end.
         """
         for row in self.all():
             if row.id in living:
                 continue
-            if row.state is SandboxState.CREATED:
+            code = exit_code(row.id)
+            if row.state is SandboxState.CREATED and code is None:
                 self.remove(row.id)
             elif row.state is not SandboxState.EXITED or _goes_at_end(row):
-                self.finished(row.id, at_unix, UNKNOWN_END)
+                self.finished(row.id, at_unix, UNKNOWN_END if code is None else code)
 
     def remove(self, sandbox_id: str) -> bool:
         """

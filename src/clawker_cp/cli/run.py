@@ -209,9 +209,6 @@ class RunClient:
         with contextlib.suppress(Unavailable):
             await self._channel.send(request)
         self._attached_at = time.monotonic()
-        if self._started:
-            self._alone = False
-            await self._send_pending()
 
     async def _handle(self, message: dict[str, Any], bridge: TerminalBridge | None) -> int | None:
         event = message.get("event")
@@ -220,10 +217,10 @@ class RunClient:
             for item in message.get("publish", ()):
                 self._say(f"127.0.0.1:{item['host_port']} on this host reaches port {item['port']} of the sandbox")
         elif event == "started":
-            self._started = True
-            if bridge is not None:
+            if bridge is not None and not self._started:
                 bridge.release_slave()
                 bridge.start()
+            self._started = True
             self._alone = False
             await self._send_pending()
         elif event == "flow":

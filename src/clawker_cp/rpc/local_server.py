@@ -172,6 +172,8 @@ class LocalServer:
                     raise Unavailable(f"sandbox {sandbox_id[:12]} ended while no server was there", code=SANDBOX_GONE)
                 await channel.send({"event": "exit", **ending})
                 return
+            # Not every client has heard it: the server may have died before it could say so.
+            await channel.send({"event": "started"})
             await self._follow(channel, sandbox_id)
         else:
             raise InvalidInput(f"op: {operation!r} is not run or attach")

@@ -86,6 +86,7 @@ class HostAgents:
             require_up=require_up,
             gone=self._gone,
             living=engine.living,
+            exit_code=engine.exit_code,
         )
         self.resolver = RosterResolver(roster)
 

@@ -68,6 +68,7 @@ class SandboxService:
         require_up: Callable[[], None],
         gone: Callable[[], None],
         living: Callable[[], list[Sandbox]],
+        exit_code: Callable[[str], int | None],
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._lives = lives
@@ -76,6 +77,7 @@ class SandboxService:
         self._require_up = require_up
         self._gone = gone
         self._living = living
+        self._exit_code = exit_code
         self._wall = wall
         self._consoles: OrderedDict[str, Console] = OrderedDict()
         self._ended: dict[str, asyncio.Future[int]] = {}
@@ -141,7 +143,7 @@ class SandboxService:
         """
         Bring the list to what became of sandboxes while no server ran. Blocks: call it in a thread.
         """
-        self._rows.settle({sandbox.id for sandbox in self._living()}, int(self._wall()))
+        self._rows.settle({sandbox.id for sandbox in self._living()}, int(self._wall()), self._exit_code)
 
     def ended_late(self, ids: Collection[str]) -> None:
         """

@@ -39,22 +39,24 @@ def test_one_that_is_being_removed_is_forgotten_by_whoever_sees_its_end(rows: Sa
 
 
 def test_what_ended_unseen_is_settled(rows: SandboxRows) -> None:
-    """Of those that do not live, a run one has ended, one half made, half removed or kept for its life is forgotten."""
+    """What ran and does not live has ended; what never began, was half removed or goes with its end is forgotten."""
     plain, brief = '{"extra": {"auto_remove": false}}', '{"extra": {"auto_remove": true}}'
     for name, spec, state in (
         ("lives", plain, SandboxState.RUNNING), ("ended", plain, SandboxState.EXITED),
         ("died", plain, SandboxState.RUNNING), ("half made", plain, SandboxState.CREATED),
         ("brief", brief, SandboxState.RUNNING), ("brief lives", brief, SandboxState.RUNNING),
-        ("removed", "{}", SandboxState.RUNNING),
+        ("removed", "{}", SandboxState.RUNNING), ("told", plain, SandboxState.RUNNING),
+        ("ended at once", plain, SandboxState.CREATED),
     ):  # fmt: skip
         rows.put(SandboxRow(name, spec, state, 1))
     rows.forget_at_end("removed")
     rows.forget_at_end("nobody")
-    rows.settle({"lives", "brief lives"}, 9)
+    rows.settle({"lives", "brief lives"}, 9, {"told": 0, "ended at once": 3}.get)
     found = {row.id: (row.state, row.finished_at, row.exit_code) for row in rows.all()}
     assert found == {
         "lives": (SandboxState.RUNNING, 0, 0), "brief lives": (SandboxState.RUNNING, 0, 0),
         "ended": (SandboxState.EXITED, 0, 0), "died": (SandboxState.EXITED, 9, sandbox_rows.UNKNOWN_END),
+        "told": (SandboxState.EXITED, 9, 0), "ended at once": (SandboxState.EXITED, 9, 3),
     }  # fmt: skip
 
 

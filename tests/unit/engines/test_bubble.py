@@ -28,26 +28,29 @@ def test_cgroup_and_namespace_are_joined_before_anything_of_the_agent() -> None:
     """The stages come in order: cgroups, network namespace, bubblewrap, session, user, and the command last."""
     line = command_line(
         sandbox_of(spec_of(argv=("prog", "--", "x"))), [Path("/a"), Path("/b")], Path("/ns"),
-        args_fd=5, status_fd=6, seccomp_fd=7,
+        gate_fd=4, args_fd=5, status_fd=6, seccomp_fd=7,
     )  # fmt: skip
-    assert line[4:9] == ["/ns", "1024", "2", "/a", "/b"]
+    assert line[4:10] == ["/ns", "1024", "4", "2", "/a", "/b"]
     order = [line.index(word) for word in ("/bin/sh", "bwrap", "/usr/bin/setsid", "/usr/bin/setpriv", "prog")]
     assert order == sorted(order)
     assert line[-3:] == ["prog", "--", "x"]
     assert line[line.index("--seccomp") + 1] == "7"
     assert line[line.index("--json-status-fd") + 1] == "6"
+    assert line[line.index("--block-fd") + 1] == "4"
 
 
 def test_filter_is_left_out_only_when_there_is_none() -> None:
     """Without a filter's descriptor bubblewrap is not told of one."""
     assert "--seccomp" not in command_line(
-        sandbox_of(spec_of()), [], Path("/ns"), args_fd=5, status_fd=6, seccomp_fd=-1
+        sandbox_of(spec_of()), [], Path("/ns"), gate_fd=4, args_fd=5, status_fd=6, seccomp_fd=-1
     )
 
 
 def test_the_users_shell_enters_the_directory() -> None:
     """The working directory is entered after the user was switched: root without privileges may not enter it."""
-    line = command_line(sandbox_of(spec_of(workdir="/w d")), [], Path("/ns"), args_fd=5, status_fd=6, seccomp_fd=-1)
+    line = command_line(
+        sandbox_of(spec_of(workdir="/w d")), [], Path("/ns"), gate_fd=4, args_fd=5, status_fd=6, seccomp_fd=-1
+    )
     inner = line[line.index("/usr/bin/setpriv") :]
 
     assert inner[inner.index("clawker-cp") + 1 :] == ["/w d", "id"]
@@ -58,7 +61,9 @@ def test_terminal_becomes_the_controlling_one_only_when_asked() -> None:
     """A session takes the terminal with --tty and not otherwise."""
 
     def line(tty: bool) -> list[str]:
-        return command_line(sandbox_of(spec_of(tty=tty)), [], Path("/ns"), args_fd=5, status_fd=6, seccomp_fd=-1)
+        return command_line(
+            sandbox_of(spec_of(tty=tty)), [], Path("/ns"), gate_fd=4, args_fd=5, status_fd=6, seccomp_fd=-1
+        )
 
     assert "--ctty" in line(True)
     assert "--ctty" not in line(False)
@@ -71,7 +76,7 @@ def test_user_keeps_nothing_root_a_small_set_and_a_named_set_wins() -> None:
     assert "net_raw" not in ROOT_CAPABILITIES
     assert "net_raw" in DOCKER_CAPABILITIES
     assert capabilities(spec_of(uid=0, capabilities=())) == ()
-    line = command_line(sandbox_of(spec_of()), [], Path("/ns"), args_fd=5, status_fd=6, seccomp_fd=-1)
+    line = command_line(sandbox_of(spec_of()), [], Path("/ns"), gate_fd=4, args_fd=5, status_fd=6, seccomp_fd=-1)
     assert line[line.index("--bounding-set") + 1] == "-all"
     assert "--no-new-privs" in line
 
@@ -80,7 +85,9 @@ def test_environment_is_in_the_arguments_and_never_on_the_command_line(tmp_path:
     """What `ps` shows of a sandbox holds no variable of the agent."""
     (tmp_path / "etc").mkdir()
     box = sandbox_of(spec_of(env={"TOKEN": "of-the-agent"}), tmp_path)
-    assert "of-the-agent" not in " ".join(command_line(box, [], Path("/ns"), args_fd=5, status_fd=6, seccomp_fd=-1))
+    assert "of-the-agent" not in " ".join(
+        command_line(box, [], Path("/ns"), gate_fd=4, args_fd=5, status_fd=6, seccomp_fd=-1)
+    )
     handed = sandbox_arguments(box, masked=(), ca_dir=None, mounts=())
     assert handed[handed.index("TOKEN") - 1 : handed.index("TOKEN") + 2] == ["--setenv", "TOKEN", "of-the-agent"]
     assert handed.index("--clearenv") < handed.index("--setenv")

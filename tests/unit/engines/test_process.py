@@ -55,6 +55,23 @@ def test_half_a_line_of_the_status_file_is_not_read(tmp_path: Path) -> None:
     assert process.status(sandbox_in(tmp_path)) == {"child-pid": 12}
 
 
+async def test_a_process_on_its_way_to_the_command_is_waited_for(tmp_path: Path) -> None:
+    """Whether a command began is asked when it is decided: it was said, or who could say it is gone."""
+    for word in ("", '{ "child-pid": 12 }\n'):
+        with sleeper() as child:
+            sandbox = sandbox_in(tmp_path, child.pid, process.start_time(child.pid))
+            waiting = asyncio.ensure_future(process.decided(sandbox))
+            await asyncio.sleep(0)
+            early = waiting.done()
+            if word:
+                (tmp_path / process.STATUS_FILE).write_text(word)
+            else:
+                child.kill()
+            async with asyncio.timeout(LIMIT_S):
+                await waiting
+            assert (early, process.began(sandbox)) == (False, bool(word))
+
+
 @pytest.mark.parametrize("line", [b"\xff\xfe\x80", b"7", b"[]", b"null", b'{"exit-code": "7"}', b"[" * 100_000])
 def test_a_status_file_of_garbage_tells_nothing(tmp_path: Path, line: bytes) -> None:
     """What a crash of the host left there ends nothing: other lines are read, else the command was killed."""

@@ -45,7 +45,7 @@ class World:
         self.ended.set()
 
     def knows(self, sandbox_id: str) -> bool:
-        return False
+        return sandbox_id == "id1"
 
     @asynccontextmanager
     async def watch(self, sandbox_id: str) -> AsyncIterator[AsyncIterator[Mapping[str, Any]]]:
@@ -90,6 +90,17 @@ async def test_a_run_is_told_from_creation_to_exit(tmp_path: Path) -> None:
         await channel.send({"op": "signal", "signo": 15})
         assert await channel.receive() == {"event": "exit", "code": 7, "denied": 1}
     assert world.signals == [15]
+
+
+async def test_who_attaches_is_told_that_it_runs(tmp_path: Path) -> None:
+    """A client whose server died before it could say so hears it from the next."""
+    world = World()
+    async with talking(tmp_path / "run.sock", world) as channel:
+        await channel.send({"op": "attach", "id": "id1"})
+        heard = [await channel.receive() for _ in range(2)]
+        world.ended.set()
+        heard.append(await channel.receive())
+    assert [message and message["event"] for message in heard] == ["started", "flow", "exit"]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ class World:
         self.lives = SandboxLives(self.engine, self.engine, self.engine, Roster())
         return SandboxService(
             self.lives, self.rows, Roster(),
-            require_up=self._require_up, gone=self.gone.set, living=self.engine.living, wall=lambda: 50.0,
+            require_up=self._require_up, gone=self.gone.set, living=self.engine.living, exit_code=lambda _id: None,
+            wall=lambda: 50.0,
         )  # fmt: skip
 
     def _require_up(self) -> None:

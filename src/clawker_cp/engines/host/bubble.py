@@ -32,11 +32,13 @@ CA_VARIABLES = (
 
 OPEN_FILES = 1024  # what programs that know nothing of limits are made for
 
-# $1 = namespace file, $2 = limit on open files, $3 = how many cgroup directories follow, then those, then the command.
+# $1 = namespace file, $2 = limit on open files, $3 = descriptor of the gate, $4 = how many cgroup directories follow,
+# then those, then the command. A line opens the gate; without one (its only writer died) nothing is started.
 _STAGE = """
-ns=$1 n=$3; ulimit -S -n "$2" || exit 125; shift 3
+ns=$1 gate=$3 n=$4; ulimit -S -n "$2" || exit 125; shift 4
 while [ "$n" -gt 0 ]; do echo 0 > "$1/cgroup.procs" || exit 125; shift; n=$((n - 1)); done
 umask 022
+read -r _ < "/proc/self/fd/$gate" || exit 125
 exec nsenter --net="$ns" -- "$@"
 """
 
@@ -49,6 +51,7 @@ def command_line(
     cgroups: Sequence[Path],
     netns: Path,
     *,
+    gate_fd: int,
     args_fd: int,
     status_fd: int,
     seccomp_fd: int,
@@ -57,8 +60,10 @@ def command_line(
     """
     The whole argument list; the descriptors have to be inherited (`seccomp_fd` -1 = no filter).
     """
-    line = ["/bin/sh", "-c", _STAGE, "stage", str(netns), str(open_files), str(len(cgroups)), *map(str, cgroups)]
-    line += ["bwrap", "--args", str(args_fd), "--json-status-fd", str(status_fd)]
+    line = ["/bin/sh", "-c", _STAGE, "stage", str(netns), str(open_files), str(gate_fd), str(len(cgroups))]
+    line += map(str, cgroups)
+    # The gate is at its end by then: bwrap reads that, and closes it, which it does for no descriptor it does not know.
+    line += ["bwrap", "--args", str(args_fd), "--json-status-fd", str(status_fd), "--block-fd", str(gate_fd)]
     if seccomp_fd >= 0:
         line += ["--seccomp", str(seccomp_fd)]
     return [*line, "--", *_inner(sandbox.spec)]

@@ -23,6 +23,7 @@ import structlog
 from clawker_cp.engines.base import AgentNetwork, RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
 from clawker_cp.engines.host.bubble import OPEN_FILES
+from clawker_cp.engines.host.endings import Endings
 from clawker_cp.engines.host.filesystem import check_view, etc_files
 from clawker_cp.engines.host.nflog import RingLog
 from clawker_cp.engines.host.publish import Publisher
@@ -37,7 +38,6 @@ log = structlog.get_logger()
 
 PREFIX = "clawker"
 KILL_LIMIT_S = 5.0
-ENDED_KEPT = 1024
 MAX_SIGNAL = 64
 TELL_LIMIT_S = 1.0
 FORWARDING_MARK = "forwarding-before"
@@ -83,7 +83,7 @@ class HostEngine:
         self._publisher = Publisher(self.gateway)
         self._sandboxes: dict[str, Sandbox] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._ended: dict[str, int] = {}
+        self._endings = Endings(state_dir / "endings")
         self._creating = asyncio.Lock()
         self._removing: dict[str, asyncio.Event] = {}
         self._left: set[str] = set()
@@ -131,12 +131,15 @@ class HostEngine:
         forwarded_before = self._forwarded_before()
         await network.ensure_bridge(self._bridge, self.subnet)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o711)
+        self._endings.load()
         dead = []
         for directory in sorted(self._state.iterdir()):
             sandbox = read_record(directory)
             if sandbox is None:
                 shutil.rmtree(directory, ignore_errors=True)
-            elif process.runs(sandbox):
+                continue
+            await process.decided(sandbox)
+            if process.runs(sandbox):
                 self._sandboxes[sandbox.id] = sandbox
                 self._own(sandbox)
                 self._pool.skip_past(sandbox.address)
@@ -149,7 +152,6 @@ class HostEngine:
             self._watch_drops()
         for sandbox in dead:
             await cgroups.kill(sandbox.cgroup_path, KILL_LIMIT_S)
-            self._keep_code(sandbox.id, process.exit_code(sandbox, None))
             await self._take_apart(sandbox)
         await self._sweep()
         for sandbox in self._sandboxes.values():
@@ -172,7 +174,7 @@ class HostEngine:
         """
         The exit code of a sandbox that has ended, as long as it is remembered.
         """
-        return self._ended.get(sandbox_id)
+        return self._endings.get(sandbox_id)
 
     async def host_addresses(self) -> list[str]:
         return await network.host_addresses()
@@ -231,39 +233,39 @@ class HostEngine:
         extra = self._limiter.joined(sandbox.cgroup_path.name) if self._limiter is not None else []
 
         def start() -> None:
-            started = process.launch(
-                sandbox,
-                streams,
-                cgroups=[sandbox.cgroup_path, *extra],
-                netns=network.namespace_path(sandbox.netns),
-                masked=self._masked,
-                ca_dir=self._ca_dir,
-                open_files=self._open_files,
-            )
-            self._processes[sandbox_id] = started
-            sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+            with process.Gate() as gate:
+                started = process.launch(
+                    sandbox,
+                    streams,
+                    gate,
+                    cgroups=[sandbox.cgroup_path, *extra],
+                    netns=network.namespace_path(sandbox.netns),
+                    masked=self._masked,
+                    ca_dir=self._ca_dir,
+                    open_files=self._open_files,
+                )
+                self._processes[sandbox_id] = started
+                sandbox.pid, sandbox.started = started.pid, process.start_time(started.pid)
+                # Known on disk before it runs: a server that is killed leaves no command, or one to adopt.
+                write_record(sandbox)
+                gate.open()
 
         # A caller that was cancelled closes the streams, and their numbers are given to the next that asks: the
         # command would write into that, be it the input of an `nft` that we run.
         await in_thread_to_the_end(start)
-        write_record(sandbox)
 
     async def wait(self, sandbox_id: str) -> int:
         """
         Wait for the command's end and return its exit code; at once for one that has ended.
         """
-        if sandbox_id in self._ended:
-            return self._ended[sandbox_id]
+        known = self._endings.get(sandbox_id)
+        if known is not None:
+            return known
         sandbox = self._known(sandbox_id)
         if not sandbox.pid:
             raise Conflict(f"sandbox {sandbox_id[:12]} was not started yet")
         await process.wait_gone(sandbox.pid, sandbox.started)
-        if sandbox_id in self._ended:
-            return self._ended[sandbox_id]
-        started = self._processes.get(sandbox_id)
-        code = process.exit_code(sandbox, started.poll() if started is not None else None)
-        self._keep_code(sandbox_id, code)
-        return code
+        return self._end_of(sandbox)
 
     async def signal(self, sandbox_id: str, signo: int) -> None:
         """
@@ -358,6 +360,7 @@ class HostEngine:
                 started.returncode = 0
         self._processes.clear()
         if remove and not self._sandboxes:
+            self._endings.remove_files()
             await self.ring.remove()
             await network.remove_bridge(self._bridge)
             self._restore_forwarding()
@@ -390,10 +393,14 @@ class HostEngine:
             raise NotFound(f"no sandbox {sandbox_id[:12]}")
         return sandbox
 
-    def _keep_code(self, sandbox_id: str, code: int) -> None:
-        self._ended[sandbox_id] = code
-        while len(self._ended) > ENDED_KEPT:
-            del self._ended[next(iter(self._ended))]
+    def _end_of(self, sandbox: Sandbox) -> int:
+        """The exit code of a process that is gone, kept from now on."""
+        known = self._endings.get(sandbox.id)
+        if known is None:
+            started = self._processes.get(sandbox.id)
+            known = process.exit_code(sandbox, started.poll() if started is not None else None)
+            self._endings.put(sandbox.id, known)
+        return known
 
     async def _stop(self, sandbox: Sandbox, grace_s: float) -> None:
         # The stages join the cgroup by themselves: an empty one says nothing while they live.
@@ -415,9 +422,9 @@ class HostEngine:
         await cgroups.kill(sandbox.cgroup_path, KILL_LIMIT_S)
 
     async def _take_apart(self, sandbox: Sandbox) -> None:
-        if sandbox.pid and sandbox.id not in self._ended:
-            started = self._processes.get(sandbox.id)
-            self._keep_code(sandbox.id, process.exit_code(sandbox, started.poll() if started is not None else None))
+        # Of one whose command never began there is no end to tell: whoever asked for it may ask again.
+        if sandbox.id in self._processes or process.began(sandbox):
+            self._end_of(sandbox)
         await self._publisher.withdraw(sandbox.id)
         if self._with_ring:
             await self.ring.unpin(sandbox.interface, sandbox.address)

@@ -37,9 +37,37 @@ GROUP_SIGNALS = frozenset(
 )
 
 
+class Gate:
+    """
+    What a launched command waits at: it starts when the gate is opened, and never if that has not come to pass when
+    the context is left or this process ends, however it ends.
+    """
+
+    def __init__(self) -> None:
+        self.entry = self._opener = -1
+
+    def __enter__(self) -> Gate:
+        try:
+            self.entry, self._opener = os.pipe()
+        except OSError as error:
+            raise Unavailable(f"cannot start a sandbox: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self.entry)
+        os.close(self._opener)
+
+    def open(self) -> None:
+        """
+        Let the command start; one that is gone already is fine.
+        """
+        os.write(self._opener, b"\n")
+
+
 def launch(
     sandbox: Sandbox,
     streams: tuple[int, int, int],
+    gate: Gate,
     *,
     cgroups: Sequence[Path],
     netns: Path,
@@ -48,7 +76,7 @@ def launch(
     open_files: int,
 ) -> subprocess.Popen[bytes]:
     """
-    Start the stages of a sandbox on the given streams; returns at once. Blocks for the fork.
+    Start the stages of a sandbox on the given streams, up to the gate; returns at once. Blocks for the fork.
     """
     status = os.open(sandbox.directory / STATUS_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     opened = [status]
@@ -61,14 +89,21 @@ def launch(
             seccomp = _memory_file("filter", filter_program())
             opened.append(seccomp)
         line = command_line(
-            sandbox, cgroups, netns, args_fd=args, status_fd=status, seccomp_fd=seccomp, open_files=open_files
+            sandbox,
+            cgroups,
+            netns,
+            gate_fd=gate.entry,
+            args_fd=args,
+            status_fd=status,
+            seccomp_fd=seccomp,
+            open_files=open_files,
         )
         return subprocess.Popen(
             line,
             stdin=streams[0],
             stdout=streams[1],
             stderr=streams[2],
-            pass_fds=opened,
+            pass_fds=[gate.entry, *opened],
             start_new_session=True,
             cwd="/",
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
@@ -104,6 +139,24 @@ def status(sandbox: Sandbox) -> dict[str, int]:
         if isinstance(said, dict):
             known |= {key: value for key, value in said.items() if isinstance(value, int)}
     return known
+
+
+def began(sandbox: Sandbox) -> bool:
+    """
+    Whether the command can have run: `bwrap` says `child-pid` before it lets the child go on.
+    """
+    return "child-pid" in status(sandbox)
+
+
+async def decided(sandbox: Sandbox) -> None:
+    """
+    Wait until the stages of a sandbox have come to its command or have ended, at most `START_LIMIT_S`.
+    """
+    until = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < until:
+        if began(sandbox) or not runs(sandbox):
+            break
+        await asyncio.sleep(POLL_S)
 
 
 def exit_code(sandbox: Sandbox, returned: int | None) -> int:
