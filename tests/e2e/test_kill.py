@@ -171,6 +171,16 @@ async def test_a_server_killed_while_a_command_ends_tells_its_code(machine: Mach
         await kill_server(machine)
 
 
+@pytest.mark.parametrize("seed", range(MOMENTS))
+async def test_envoy_killed_while_a_command_starts_is_no_reason_to_refuse_it(machine: Machine, seed: int) -> None:
+    """It comes back with the rules it had or was being given; the command runs all the same."""
+    chance = random.Random(seed)
+    async with one_run(machine):
+        for _ in range(2):
+            await asyncio.sleep(chance.uniform(0.2, 1.2))
+            await machine.host.run(["sh", "-c", KILL_ENVOY.format(mark=envoy_mark(machine))])
+
+
 async def test_killing_envoy_opens_nothing_and_it_comes_back(machine: Machine) -> None:
     """After kill -9 of Envoy an allowed request works again within ten seconds and a denied one stays denied."""
     code = """
@@ -217,3 +227,18 @@ async def test_killing_the_client_ends_its_sandbox(machine: Machine) -> None:
     await wait_for(machine, "! ip link show clawker0 2>/dev/null && ! ls /sys/fs/bpf/clawker 2>/dev/null", limit_s=40)
 
     assert (await machine.host.run(["ip", "netns", "list"])).out.strip() == ""
+
+
+async def test_a_server_whose_client_was_killed_before_it_came_ends(machine: Machine) -> None:
+    """Nobody came that could go: after a time it ends as it does behind the last sandbox, and leaves nothing."""
+    process = await machine.host.start(
+        machine.argv(command=["true"]), env=machine.environment, stdin=asyncio.subprocess.DEVNULL
+    )
+    await wait_for(machine, "ls /sys/fs/bpf/clawker")  # long before it is ready
+    process.kill()
+    await process.wait()
+    known = await server_pid(machine)
+    await wait_for(machine, f"! kill -0 {known}", limit_s=60)
+
+    left = await machine.host.run(["sh", "-c", "ip link show clawker0; ls /sys/fs/bpf/clawker; ip netns list"])
+    assert left.out.strip() == "", left.out

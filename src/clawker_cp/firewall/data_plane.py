@@ -169,7 +169,7 @@ class DataPlane:
         if not step.closing:
             self._names.announce(step.tables)
             try:
-                await self._open(plan, accepted, began)
+                live = await self._open(plan, accepted, began)
                 await self._persist(write, accepted)
             except BaseException:
                 self._names.announce(None)
@@ -187,7 +187,7 @@ class DataPlane:
         # A number is durable before the kernel carries it: after a crash it must not come to mean another name.
         await self._save(step.compiled.allocations)
         try:
-            await self._enforce(step, live=live)
+            live = await self._enforce(step, live=live)
         except (ClawkerError, OSError) as failure:
             self.fell_behind(failure)
             await self._tell(step)
@@ -276,18 +276,24 @@ class DataPlane:
         self._allocations = step.compiled.allocations
         self.wanted = step.wanted
 
-    async def _open(self, plan: Plan, old: Plan, began: float) -> None:
-        if not self._envoy.running:
-            await self._envoy.validate(plan)
-            return
-        try:
-            await self._envoy.open(plan)
-        except ClawkerError as failure:
-            log.warning("policy_refused", cause=str(failure), code=failure.code, apply_us=self._since(began))
-            if failure.code != "RULE_INVALID":  # silence: what it may still take must be the old again
-                with contextlib.suppress(ClawkerError):
-                    await self._envoy.open(old)
-            raise
+    async def _open(self, plan: Plan, old: Plan, began: float) -> bool:
+        """Bring Envoy to a plan; False if it is down, or goes down meanwhile: the plan is judged for its next life."""
+        if self._envoy.running:
+            try:
+                await self._envoy.open(plan)
+            except ClawkerError as failure:
+                refused = failure.code == "RULE_INVALID"
+                if refused or not await self._envoy.has_ended():
+                    log.warning("policy_refused", cause=str(failure), code=failure.code, apply_us=self._since(began))
+                    if not refused:  # silence: what it may still take must be the old again
+                        with contextlib.suppress(ClawkerError):
+                            await self._envoy.open(old)
+                    raise
+                log.info("policy_without_envoy", cause=str(failure))
+            else:
+                return True
+        await self._envoy.validate(plan)
+        return False
 
     async def _persist(self, write: Callable[[], object] | None, undo: Plan | None) -> None:
         if write is None:
@@ -301,21 +307,33 @@ class DataPlane:
                     await self._envoy.close()
             raise
 
-    async def _enforce(self, step: _Step, *, live: bool) -> None:
+    async def _enforce(self, step: _Step, *, live: bool) -> bool:
+        """Bring an accepted plan into force; returns whether Envoy carries it or finds it in its next life."""
         plan = step.compiled.plan
         await self._write_kernel(plan)
         await self._agents.admit(plan)
         if step.change.moved:
             await self._agents.set_policies({agent: new for agent, (_, new) in step.change.moved.items()})
         self._names.publish(step.tables)
-        if live and step.closing:
-            await self._envoy.open(plan)
-        if live:
-            await self._envoy.close()
-        else:
+        live = live and await self._let_go(plan, first=step.closing)
+        if not live:
             await self._envoy.stage(plan)
         self._enforced = plan, step.wanted
         self.behind = False
+        return live
+
+    async def _let_go(self, plan: Plan, *, first: bool) -> bool:
+        """Take from Envoy what a plan does not have, `first` bringing it there; False if it ends meanwhile."""
+        try:
+            if first:
+                await self._envoy.open(plan)
+            await self._envoy.close()
+        except ClawkerError as failure:
+            if failure.code == "RULE_INVALID" or not await self._envoy.has_ended():
+                raise
+            log.info("policy_without_envoy", cause=str(failure))
+            return False
+        return True
 
     async def _write_kernel(self, plan: Plan) -> None:
         await asyncio.to_thread(self._kernel.sync_routes, plan.routes, tuple(plan.cidrs.values()), plan.proxy_ports)

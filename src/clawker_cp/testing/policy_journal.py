@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from clawker_cp.errors import ClawkerError
+from clawker_cp.errors import ClawkerError, Unavailable
 from clawker_cp.firewall.changes import Change
 from clawker_cp.firewall.names import NameTables
 from clawker_cp.firewall.plan import Plan
@@ -25,6 +25,7 @@ class Journal:
         self._said = asyncio.Event()
         self.running = True
         self.refuse: ClawkerError | None = None
+        self.ends_at = ""  # line at which Envoy ends instead
         self.kernel_failures = 0
         self.busy_names: set[str] = set()
         self.changes: list[Change] = []
@@ -53,12 +54,21 @@ class Journal:
     async def open(self, plan: Plan) -> int:
         if self.refuse is not None:
             raise self.refuse
-        self.say("envoy")
+        self._tell_envoy("envoy")
         return 1
 
     async def close(self) -> int:
-        self.say("envoy lets go")
+        self._tell_envoy("envoy lets go")
         return 1
+
+    def _tell_envoy(self, line: str) -> None:
+        if line == self.ends_at:
+            self.running = False
+            raise Unavailable("Envoy does not answer")
+        self.say(line)
+
+    async def has_ended(self) -> bool:
+        return not self.running
 
     async def validate(self, plan: Plan) -> None:
         self.say("judged")

@@ -37,7 +37,7 @@ from clawker_cp.wiring.translation import adopted_request, life_request
 log = structlog.get_logger()
 
 RETRY_S = 5.0
-UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client
+UNCLAIMED_S = 30.0  # how long an adopted sandbox waits for its client, and a server for its first
 
 
 class HostAgents:
@@ -148,7 +148,10 @@ class HostAgents:
         for agent, sandbox in adoptees:
             await self._adopt(agent, sandbox, agents)
         self._local.open()
-        running = [group.create_task(self._local.serve(self._gone), name="local")]
+        running = [
+            group.create_task(self._local.serve(self._gone), name="local"),
+            group.create_task(self._await_client(), name="unclaimed"),
+        ]
         owned = {sandbox.id for sandbox in self._adopted if self.sandboxes.adopt(sandbox)}
         return running + [
             group.create_task(self._follow_adopted(sandbox.id), name="adopted")
@@ -202,6 +205,11 @@ class HostAgents:
             if ended:
                 await asyncio.to_thread(self.sandboxes.ended_late, ended)
                 self._gone()
+
+    async def _await_client(self) -> None:
+        """Whoever started this server may have died before it came: there is nobody then whose going is told."""
+        await asyncio.sleep(UNCLAIMED_S)
+        self._gone()
 
     async def _follow_adopted(self, sandbox_id: str) -> None:
         """Take an adopted sandbox apart at its end; end it if nobody comes back for it."""

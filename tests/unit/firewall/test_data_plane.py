@@ -196,6 +196,35 @@ async def test_while_envoy_is_down_its_files_are_kept_current(world: World) -> N
     assert world.took() == ["store", "gate", "kernel", "gate", "staged", "cut"]
 
 
+@pytest.mark.parametrize(
+    ("ends_at", "told"),
+    [
+        ("envoy", ["judged", "store", "kernel", "gate", "staged", "cut"]),
+        ("envoy lets go", ["envoy", "store", "kernel", "gate", "staged", "cut"]),
+    ],
+)
+async def test_an_envoy_that_ends_inside_a_change_is_one_that_is_down(
+    world: World, ends_at: str, told: list[str]
+) -> None:
+    """The change is made and written for its next life; whoever asked for it is not refused."""
+    world.journal.ends_at = ends_at
+    applied = await world.hold(A)
+
+    assert world.took() == told
+    assert not applied.live and not world.plane.behind
+
+
+async def test_an_envoy_that_ends_inside_a_closing_change_does_not_undo_it(world: World) -> None:
+    """What is taken away is gone from store, gate and kernel, and from what Envoy finds when it comes back."""
+    await world.hold(A)
+    world.took()
+    world.journal.ends_at = "envoy"
+    applied = await world.hold(A, deny("https://a.example.com"))
+
+    assert world.took() == ["store", "gate", "kernel", "gate", "staged", "cut"]
+    assert not applied.live and not world.plane.behind
+
+
 async def test_numbers_are_durable_before_the_kernel_carries_them(world: World, tmp_path: Path) -> None:
     """When the kernel is written, the allocations that its rows use are on disk already."""
     on_disk: list[bool] = []

@@ -211,6 +211,14 @@ async def test_a_sandbox_nobody_comes_back_for_is_ended(place: Place, monkeypatc
         assert server.policy.rules == ()
 
 
+async def test_a_server_that_nobody_comes_to_is_idle(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever started it may have been killed before it came."""
+    monkeypatch.setattr(host_agents, "UNCLAIMED_S", 0.1)
+    server = place.server()
+    async with server.serving(), asyncio.timeout(LIMIT_S):
+        await server.idle.wait()
+
+
 async def test_the_servers_own_sandbox_waits_for_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next server follows it, whoever is attached or not, until its command ends, and lists how."""
     monkeypatch.setattr(host_agents, "UNCLAIMED_S", 0.0)

@@ -37,6 +37,7 @@ ACKNOWLEDGE_LIMIT_S = 10.0
 FIRST_ADDRESS_LIMIT_S = 3.0
 VALIDATE_LIMIT_S = 20.0
 RESTART_MIN_S, RESTART_MAX_S = 0.5, 10.0
+END_SHOWS_S = 0.3  # less than RESTART_MIN_S: nobody starts the next one before
 STEADY_S = 60.0
 POLL_MIN_S, POLL_MAX_S = 0.002, 0.05
 LOG_TAIL_BYTES = 65536
@@ -248,6 +249,17 @@ class EnvoyStack:
             self._files.write(name, resources.files[name])
         self._files.forget(resources.files)
         self._resources, self._plan = resources, plan
+
+    async def has_ended(self) -> bool:
+        """
+        Whether what just failed failed because Envoy ended; its sockets close a moment before its end shows.
+        """
+        try:
+            async with asyncio.timeout(END_SHOWS_S):
+                await self._process.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def busy(self, destinations: Collection[str]) -> set[str]:
         """Return those unread destinations that have connections now."""
