@@ -277,17 +277,20 @@ class DataPlane:
         self.wanted = step.wanted
 
     async def _open(self, plan: Plan, old: Plan, began: float) -> bool:
-        """Bring Envoy to a plan; False if it is down, or goes down meanwhile: the plan is judged for its next life."""
+        """Bring Envoy to a plan, or have it judged for the next life of one that is down; whether Envoy carries it."""
+        try:
+            return await self._opened(plan)
+        except ClawkerError as failure:
+            log.warning("policy_refused", cause=str(failure), code=failure.code, apply_us=self._since(began))
+            await self._put_back(old)
+            raise
+
+    async def _opened(self, plan: Plan) -> bool:
         if self._envoy.running:
             try:
                 await self._envoy.open(plan)
             except ClawkerError as failure:
-                refused = failure.code == "RULE_INVALID"
-                if refused or not await self._envoy.has_ended():
-                    log.warning("policy_refused", cause=str(failure), code=failure.code, apply_us=self._since(began))
-                    if not refused:  # silence: what it may still take must be the old again
-                        with contextlib.suppress(ClawkerError):
-                            await self._envoy.open(old)
+                if failure.code == "RULE_INVALID" or not await self._envoy.has_ended():
                     raise
                 log.info("policy_without_envoy", cause=str(failure))
             else:
@@ -295,16 +298,28 @@ class DataPlane:
         await self._envoy.validate(plan)
         return False
 
+    async def _put_back(self, plan: Plan) -> None:
+        """Bring Envoy back to the plan that holds; if it is down, what it finds in its next life."""
+        with contextlib.suppress(ClawkerError):
+            if self._envoy.running:
+                try:
+                    await self._envoy.open(plan)
+                    await self._envoy.close()
+                except ClawkerError:
+                    if not await self._envoy.has_ended():
+                        raise
+                else:
+                    return
+            await self._envoy.stage(plan)
+
     async def _persist(self, write: Callable[[], object] | None, undo: Plan | None) -> None:
         if write is None:
             return
         try:
             await asyncio.to_thread(write)
         except ClawkerError:
-            if undo is not None and self._envoy.running:
-                with contextlib.suppress(ClawkerError):
-                    await self._envoy.open(undo)
-                    await self._envoy.close()
+            if undo is not None:
+                await self._put_back(undo)
             raise
 
     async def _enforce(self, step: _Step, *, live: bool) -> bool:

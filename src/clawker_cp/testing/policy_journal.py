@@ -26,6 +26,8 @@ class Journal:
         self.running = True
         self.refuse: ClawkerError | None = None
         self.ends_at = ""  # line at which Envoy ends instead
+        self.judgement: ClawkerError | None = None
+        self.staged: Plan | None = None
         self.kernel_failures = 0
         self.busy_names: set[str] = set()
         self.changes: list[Change] = []
@@ -72,8 +74,11 @@ class Journal:
 
     async def validate(self, plan: Plan) -> None:
         self.say("judged")
+        if self.judgement is not None:
+            raise self.judgement
 
     async def stage(self, plan: Plan) -> None:
+        self.staged = plan
         self.say("staged")
 
     async def busy(self, destinations: Collection[str]) -> set[str]:

@@ -214,6 +214,21 @@ async def test_an_envoy_that_ends_inside_a_change_is_one_that_is_down(
     assert not applied.live and not world.plane.behind
 
 
+@pytest.mark.parametrize("what", ["judgement", "store"])
+async def test_an_envoy_that_ended_inside_a_refused_change_comes_back_with_what_holds(world: World, what: str) -> None:
+    """It may have been given files of the change by then: those that hold are put back for its next life."""
+    await world.hold(A)
+    world.journal.ends_at = "envoy"
+    world.disk_full = what == "store"
+    world.journal.judgement = ClawkerError("no", code="RULE_INVALID") if what == "judgement" else None
+    world.took()
+    with pytest.raises(ClawkerError, match="disk full" if what == "store" else "no"):
+        await world.hold(A, B)
+
+    assert world.took() == ["judged", "staged"]
+    assert world.journal.staged == world.plane.compiled.plan and world.plane.wanted.rules == (A,)
+
+
 async def test_an_envoy_that_ends_inside_a_closing_change_does_not_undo_it(world: World) -> None:
     """What is taken away is gone from store, gate and kernel, and from what Envoy finds when it comes back."""
     await world.hold(A)
