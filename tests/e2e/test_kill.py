@@ -240,5 +240,7 @@ async def test_a_server_whose_client_was_killed_before_it_came_ends(machine: Mac
     known = await server_pid(machine)
     await wait_for(machine, f"! kill -0 {known}", limit_s=60)
 
-    left = await machine.host.run(["sh", "-c", "ip link show clawker0; ls /sys/fs/bpf/clawker; ip netns list"])
+    state = machine.host.directory / "state" / "sandboxes"
+    places = f"ip link show clawker0; ls /sys/fs/bpf/clawker; ip netns list; nft list tables; ls {state}"
+    left = await machine.host.run(["sh", "-c", places])
     assert left.out.strip() == "", left.out

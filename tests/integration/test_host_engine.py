@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.engines.base import Limits, Mount, Publish
+from clawker_cp.engines.host import network
 from clawker_cp.engines.host.bubble import DOCKER_CAPABILITIES
 from clawker_cp.engines.host.process import STATUS_FILE
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
@@ -512,6 +513,25 @@ async def test_the_code_of_a_sandbox_that_is_gone_is_told_by_the_next_server(tmp
 
         assert told == (8, 8)
         assert sorted(path.name for path in host.state.iterdir()) == ["sandboxes"]
+
+
+@pytest.mark.parametrize("made", ["namespace", "interface", "everything"])
+async def test_what_was_half_made_is_taken_away_whole(host: Host, made: str) -> None:
+    """However far a server that was killed had come: no namespace, no interface and no neighbour stays."""
+    bridge, address, name, interface = host.engine.network.bridge, "10.231.80.77", f"cwtest-{os.getpid()}", "cwhalf0"
+    sh("ip", "netns", "add", name)
+    try:
+        if made != "namespace":
+            sh("ip", "link", "add", interface, "type", "veth", "peer", "name", "eth0", "netns", name)
+        if made == "everything":
+            sh("ip", "neigh", "replace", address, "lladdr", "02:ca:00:00:00:01", "dev", bridge, "nud", "permanent")
+        await network.remove_sandbox(name, interface, (address, bridge))
+        left = name in sh("ip", "netns", "list")
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+
+    assert not left and interface not in sh("ip", "link", "show")
+    assert address not in sh("ip", "neigh", "show", "dev", bridge)
 
 
 KILLED_WHILE_STARTING = """

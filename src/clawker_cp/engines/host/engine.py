@@ -448,9 +448,9 @@ class HostEngine:
             if child.is_dir() and child.name not in known_ns and child.name.startswith(f"{PREFIX}-"):
                 # In a cgroup of ours without a record: nobody waits for it, nobody could enrol it.
                 await cgroups.kill(child, KILL_LIMIT_S)
-                await cgroups.clear(child, KILL_LIMIT_S)
                 if child.name in namespaces:
                     await network.remove_sandbox(child.name, "")
+                await cgroups.clear(child, KILL_LIMIT_S)  # last: it is what says that the namespace is ours
 
     def _own(self, sandbox: Sandbox) -> None:
         try:

@@ -206,10 +206,11 @@ async def remove_sandbox(name: str, interface: str, neighbour: tuple[str, str] |
     """
     Take a namespace, its veth and its fixed `neighbour` (address, bridge) away; what is gone already is fine.
     """
-    # One process for all: starting one takes longer than what it does.
-    batch = [f"neigh del {neighbour[0]} dev {neighbour[1]}"] if neighbour else []
-    batch += [f"link del {interface}"] if interface else []
+    # One process for all: starting one takes longer than what it does. The neighbour comes last, for `ip` ends at
+    # one that is not there whatever -force says.
+    batch = [f"link del {interface}"] if interface else []
     batch += [f"netns del {name}"] if name and namespace_path(name).exists() else []
+    batch += [f"neigh del {neighbour[0]} dev {neighbour[1]}"] if neighbour else []
     if batch:
         await run("ip", "-force", "-batch", "-", text="\n".join(batch) + "\n", check=False)
 
