@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -55,6 +54,7 @@ from clawker_cp.rpc.control_sandboxes import SandboxRpcs
 from clawker_cp.runtime.drain import Drain
 from clawker_cp.runtime.health import HealthRegistry
 from clawker_cp.runtime.overseer import Overseer
+from clawker_cp.runtime.runner import on_hangup
 from clawker_cp.runtime.startup import CPStartupOrchestrator
 from clawker_cp.runtime.tasks import cancelled, leaf_text, supervise, wait_ended
 from clawker_cp.telemetry.connections import Connections
@@ -119,6 +119,7 @@ class ControlPlane:
         self._directories = directories
         self._rows = rows
         self._ephemeral = ephemeral
+        self._group: asyncio.TaskGroup | None = None
         self._done = asyncio.Event()
         self._exit_code = 0
         firewall, logs = directories.firewall, log_dir or directories.logs
@@ -325,6 +326,7 @@ class ControlPlane:
         """
         Serve until `stop`, or until the last sandbox is gone if ephemeral. Returns the exit code.
         """
+        on_hangup(self._on_hangup)
         refuse_what_is_not_offered(self._settings)
         refuse_host(self._rows)
         make_directories(self._directories)
@@ -379,6 +381,7 @@ class ControlPlane:
 
     async def _stop_serving(self, ending: Drain) -> None:
         """Take nothing new; what was accepted goes on."""
+        self._group = None
         ending.begin(agents=len(self._roster))
         self._side.close()
         self._policy.close()
@@ -404,7 +407,7 @@ class ControlPlane:
                 await asyncio.sleep(SOS_KEPT_S)  # whoever watches the start hears why
             await self._surface.close()
             raise
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup, group)
+        self._group = group  # from here on a hangup is a reload
         return running
 
     def _write_bundle(self) -> None:
@@ -444,8 +447,10 @@ class ControlPlane:
             for name, factory, radius in parts
         ]
 
-    def _on_hangup(self, group: asyncio.TaskGroup) -> None:
-        group.create_task(self._firewall.reread(), name="reload")
+    def _on_hangup(self) -> None:
+        """Reload; what starts reads the rules anyway, and what drains has no use for them."""
+        if self._group is not None:
+            self._group.create_task(self._firewall.reread(), name="reload")
 
     async def _wait_for_end(self, stop: asyncio.Event, group: asyncio.TaskGroup) -> None:
         broken = group.create_task(self._surface.wait_broken(), name="broken")

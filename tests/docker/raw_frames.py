@@ -81,12 +81,12 @@ def udp(target: str, port: str) -> str:
     return "sent"
 
 
-def tcp(target: str, listener: str) -> str:
-    """A connection without a socket, until the other side answers data. Where the kernel drops what comes in for
-    the listener, it does not reset what it did not begin."""
+def tcp(target: str, listener: str, gateway: str = "") -> str:
+    """A connection without a socket, by a gateway if one is named, until the other side answers data. Where the kernel
+    drops what comes in for the listener, it does not reset what it did not begin."""
     link, port, said = Link(), int(listener), "silence"
     quiet = socket.create_server((link.address, 40001))
-    mac = link.mac_of(target)
+    mac = link.mac_of(gateway or target)
     link.segment(target, mac, 40001, port, 1000, 0, SYN)
     end = time.monotonic() + LIMIT_S
     while time.monotonic() < end:

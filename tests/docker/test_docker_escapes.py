@@ -113,6 +113,29 @@ async def test_a_rule_for_addresses_is_kept_by_both_layers(yard: Yard) -> None:
     assert other.code == 1
 
 
+async def test_a_denied_address_in_an_allowed_network_is_closed_to_frames(yard: Yard) -> None:
+    """The ring alone judges what no socket made: from the moment of the deny it has a hole in the network."""
+    machine, denied = yard.machine, "203.0.113.66"
+    done = await machine.ctl("allow", "tcp://203.0.113.64/28:6379", "--project", "holes")
+    assert done.code == 0, done.err
+    container = await machine.docker.agent("dev", project="holes", usr=True, host_config=yard.binds())
+    await machine.wait_enrolled(container)
+    await machine.machine.world.reset()
+    await yard.frames(container, "tcp", denied, "6379", GATEWAY)
+    before = [one for one in await yard.packets() if one["dst"] == denied]
+    done = await machine.ctl("deny", f"tcp://{denied}/32:6379", "--project", "holes")
+    assert done.code == 0, done.err
+    await machine.machine.world.reset()
+    after = await yard.frames(container, "tcp", denied, "6379", GATEWAY)
+    packets = [one for one in await yard.packets() if one["dst"] == denied]
+    flows = await machine.flows("--agent", "holes/dev", "--last", "100")
+    await machine.docker.client.remove(container, force=True)
+
+    assert before  # the frame is a good one
+    assert after == "silence" and packets == []
+    assert (6379, "no_route") in {(one["port"], one["reason"]) for one in flows if one.get("hook") == "ring"}
+
+
 async def test_nobody_begins_at_a_listener_of_another_policy(yard: Yard) -> None:
     """Row 20 with frames: TCP and UDP to another project's proxy ports never reach the proxy (A sees none of it)."""
     await yard.machine.machine.world.reset()

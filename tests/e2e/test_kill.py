@@ -117,8 +117,8 @@ async def test_killing_the_server_opens_nothing_and_the_next_one_adopts(machine:
     assert len(killed) == KILLS + 1
 
 
-async def kill_server(machine: Machine) -> None:
-    await machine.host.run(["sh", "-c", "kill -9 $(cat /run/clawker/cp.pid)"])
+async def kill_server(machine: Machine, how: str = "KILL") -> None:
+    await machine.host.run(["sh", "-c", f"kill -{how} $(cat /run/clawker/cp.pid)"])
 
 
 @asynccontextmanager
@@ -156,19 +156,20 @@ async def test_a_server_killed_while_it_starts_a_command_neither_loses_nor_repea
 
 
 @pytest.mark.parametrize("seed", range(MOMENTS))
-async def test_a_server_killed_while_a_command_ends_tells_its_code(machine: Machine, seed: int) -> None:
+@pytest.mark.parametrize("how", ["KILL", "TERM"])
+async def test_a_server_killed_while_a_command_ends_tells_its_code(machine: Machine, seed: int, how: str) -> None:
     """Whether it was taken apart, half or not at all, and killed again by then: the code arrives."""
     chance = random.Random(seed)
     async with one_run(machine) as process:
         await wait_for(machine, f"test -e {machine.workdir}/ran")
         await asyncio.sleep(chance.uniform(0.45, 0.85))
         known = await server_pid(machine)
-        await kill_server(machine)
+        await kill_server(machine, how)
         again = f'test "$(cat /run/clawker/cp.pid)" != {known}'
         while process.returncode is None and (await machine.host.run(["sh", "-c", again])).code:
             await asyncio.sleep(0.02)
         await asyncio.sleep(chance.uniform(0.0, 1.2))
-        await kill_server(machine)
+        await kill_server(machine, how)
 
 
 @pytest.mark.parametrize("seed", range(MOMENTS))

@@ -358,3 +358,26 @@ def _name_of(pid: str) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return ""
+
+
+async def test_a_hangup_is_never_the_end(machine: Machine) -> None:
+    """SIGHUP from the first moment on reloads or does nothing, before it is ready and while it drains as well."""
+    hup = 'while kill -HUP "$(cat /run/clawker/cp.pid)"; do sleep 0.02; done'
+    waits = 'until grep -q "$0" /run/clawker/cp.pid 2>/dev/null; do sleep 0.01; done; '
+    with (machine.host.directory / "serve.log").open("ab") as out:
+        process = await machine.host.start(
+            [sys.executable, "-m", "clawker_cp", "serve"],
+            env=machine.environment, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out,
+        )  # fmt: skip
+    served = Served(machine, process)
+    storm = await machine.host.start(["sh", "-c", waits + hup, str(process.pid)], stderr=asyncio.subprocess.DEVNULL)
+    try:
+        await served.wait_ready()
+        code = await served.stop()
+    finally:
+        for one in (storm, process):
+            if one.returncode is None:
+                one.kill()
+                await one.wait()
+
+    assert code == 0

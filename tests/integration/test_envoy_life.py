@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from clawker_cp.firewall.envoy.access_log import AccessLogTail
+from clawker_cp.processes.lasting import start_time
 from clawker_cp.testing.plan_world import rule
 from clawker_cp.testing.proxy_world import (
     OUTSIDE,
@@ -97,6 +98,30 @@ def test_connections_survive_a_control_plane_that_dies(tmp_path: Path) -> None:
             writer.write(b"still")
             assert await reader.readexactly(5) == b"still"
             writer.close()
+
+    run_in_namespace(main)
+
+
+@pytest.mark.parametrize("harm", ["stopped", "deaf"])
+def test_an_adopted_envoy_that_does_not_answer_is_replaced(tmp_path: Path, harm: str) -> None:
+    """One that hangs, or whose admin socket is gone, is ended and another started: a start never fails for it."""
+
+    async def main() -> None:
+        async with proxy_world(tmp_path, rule("https://api.example.com")) as world:
+            await answering(world, "api.example.com")
+            pid = world.stack._process.pid
+            await world.stack.leave()
+            if harm == "stopped":
+                os.kill(pid, signal.SIGSTOP)
+            else:
+                world.options.admin_socket.unlink()
+
+            world.stack = world.make_stack()
+            await world.stack.start(world.compiled.plan)
+
+            assert not world.stack.adopted and world.stack._process.pid != pid
+            assert start_time(pid) is None
+            assert await refusal(world, "https://api.example.com/") == (200, "")
 
     run_in_namespace(main)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 
 import click
@@ -59,6 +60,8 @@ def serve(
     """
     Run the control plane of this host until a signal ends it.
     """
+    # A hangup is never the end: before the loop handles it, it is nothing. Caught, not ignored: children inherit that.
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
     leave_first_process()
     open_files = raise_limit()
     notify = _Notifier(ready_fd)
@@ -91,6 +94,7 @@ def serve(
 
             code = run_until_signal(run)
         finally:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # also while the interpreter ends
             sink.close()
     except asyncio.CancelledError:
         context.exit(1)  # a second signal: nothing was taken apart, enforcement stays as it is

@@ -9,9 +9,11 @@ process that matches and ends one that does not.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ import orjson
 import structlog
 
 from clawker_cp.errors import Unavailable
+from clawker_cp.runtime.gate import WAIT, Gate
 
 log = structlog.get_logger()
 
@@ -141,11 +144,32 @@ class LastingProcess:
 
     def _launch(self, digest: str) -> None:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with Gate() as gate:
+            child = self._spawn(gate)
+            pid = child.pid
+            started = start_time(pid) or 0
+            try:
+                self._write_mark(_Mark(pid, started, digest))
+                pidfd = os.pidfd_open(pid)
+            except OSError as error:
+                child.kill()
+                child.wait()
+                raise Unavailable(f"cannot keep hold of {self.name} ({self._mark_path}): {error.strerror}") from error
+            # Only now: one that is not written down would run beside the next one, and after the last.
+            gate.open()
+        self._hold(pid, pidfd)
+        self._popen = child
+        log.info("processes_started", name=self.name, pid=pid)
+
+    def _spawn(self, gate: Gate) -> subprocess.Popen[bytes]:
         try:
+            if shutil.which(self._command[0]) is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             with self._log_path.open("ab") as output:
                 self._log_start = output.tell()
-                child = subprocess.Popen(
-                    self._command,
+                return subprocess.Popen(
+                    ["/bin/sh", "-c", WAIT, "gate", str(gate.entry), *self._command],
+                    pass_fds=[gate.entry],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -159,19 +183,6 @@ class LastingProcess:
                 )
         except OSError as error:
             raise Unavailable(f"cannot start {self.name} ({self._command[0]}): {error.strerror}") from error
-        pid = child.pid
-        started = start_time(pid) or 0
-        try:
-            self._write_mark(_Mark(pid, started, digest))
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            # Nobody would find it again: it would run beside the next one, and after the last.
-            child.kill()
-            child.wait()
-            raise Unavailable(f"cannot keep hold of {self.name} ({self._mark_path}): {error.strerror}") from error
-        self._hold(pid, pidfd)
-        self._popen = child
-        log.info("processes_started", name=self.name, pid=pid)
 
     def _hold(self, pid: int, pidfd: int) -> None:
         self._let_go()

@@ -194,18 +194,23 @@ class LocalServer:
 
     async def _follow(self, channel: LocalChannel, sandbox_id: str) -> None:
         self._attached[sandbox_id] = self._attached.get(sandbox_id, 0) + 1
+        left = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
                 flows = group.create_task(self._send_flows(channel, sandbox_id), name="local-flows")
-                inbox = group.create_task(self._read_client(channel, sandbox_id), name="local-inbox")
+                inbox = group.create_task(self._read_client(channel, sandbox_id, left), name="local-inbox")
                 code = await self._lives.finish(sandbox_id)
                 flows.cancel()
                 inbox.cancel()
             await channel.send({"event": "exit", "code": code, **self._reports.ending(sandbox_id)})
         finally:
-            self._attached[sandbox_id] -= 1
-            if not self._attached[sandbox_id]:
-                del self._attached[sandbox_id]
+            if not left.is_set():
+                self._leave(sandbox_id)
+
+    def _leave(self, sandbox_id: str) -> None:
+        self._attached[sandbox_id] -= 1
+        if not self._attached[sandbox_id]:
+            del self._attached[sandbox_id]
 
     async def _send_flows(self, channel: LocalChannel, sandbox_id: str) -> None:
         async with self._reports.watch(sandbox_id) as flows:
@@ -215,7 +220,7 @@ class LocalServer:
                 except Unavailable:
                     return
 
-    async def _read_client(self, channel: LocalChannel, sandbox_id: str) -> None:
+    async def _read_client(self, channel: LocalChannel, sandbox_id: str, left: asyncio.Event) -> None:
         while True:
             message = await channel.receive()
             if message is None:
@@ -225,8 +230,10 @@ class LocalServer:
                     await self._lives.signal(sandbox_id, message["signo"])
                 except ClawkerError as error:
                     log.info("rpc_local_signal_failed", id=sandbox_id, error=str(error))
+        left.set()
+        self._leave(sandbox_id)
         await asyncio.sleep(ORPHAN_GRACE_S)
-        if self._attached.get(sandbox_id, 0) <= 1:
+        if sandbox_id not in self._attached:
             log.warning("rpc_local_client_gone", id=sandbox_id)
             await self._lives.stop(sandbox_id, grace_s=ORPHAN_GRACE_S)
 

@@ -44,3 +44,17 @@ def run_until_signal(main: Callable[[asyncio.Event], Awaitable[T]]) -> T:
         return await main(stop)
 
     return run_main(entry())
+
+
+def on_hangup(act: Callable[[], object]) -> None:
+    """
+    Call `act` on the running loop at each SIGHUP, which ends nothing from now on, not even when the loop is closed.
+    """
+    loop = asyncio.get_running_loop()
+
+    def heard(_number: int, _frame: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(act)
+
+    # A handler of the loop's own goes with it, and the next hangup would be the end of the process.
+    signal.signal(signal.SIGHUP, heard)

@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import orjson
 import pytest
 
 from clawker_cp.engines.host import console as module
-from clawker_cp.engines.host.console import Console
+from clawker_cp.engines.host.console import Console, discard
 from clawker_cp.engines.host.process import start_time
 from clawker_cp.errors import Conflict, InvalidInput, Unavailable
 from clawker_cp.testing.descriptors import beyond_select, no_descriptor_left
@@ -206,3 +207,20 @@ async def test_a_server_with_thousands_of_descriptors_closes_a_console(tmp_path:
 
         assert start_time(holder) == 0
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_what_is_left_of_a_sandbox_that_is_gone_is_discarded(tmp_path: Path) -> None:
+    """The holder ends with the directory, also for a server that never opened the console; without one nothing does."""
+    directory = tmp_path / "one"
+    directory.mkdir()
+    console, streams = Console.open(directory, tty=False)
+    for fd in streams:
+        os.close(fd)
+    console.leave()
+    holder = int(orjson.loads((directory / "console.json").read_bytes())["holder"])
+    discard(directory)
+    (tmp_path / "two").mkdir()
+    discard(tmp_path / "two")
+
+    assert list(tmp_path.iterdir()) == []
+    assert start_time(holder) == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,33 @@ async def test_the_next_start_adopts_what_was_left_running(tmp_path: Path) -> No
     assert second.running
     await second.stop()
     assert start_time(pid) is None
+
+
+KILLED_BEFORE_THE_MARK = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from clawker_cp.processes.lasting import LastingProcess
+LastingProcess._write_mark = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+here = Path(sys.argv[1])
+process = LastingProcess("child", ("touch", str(here / "ran")), here / "child.pid", here / "child.log")
+asyncio.run(process.start("d"))
+"""
+
+
+async def test_a_child_that_nobody_could_find_again_never_runs(tmp_path: Path) -> None:
+    """Whoever is killed between the fork and the mark leaves a child that ends at its gate."""
+    killed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", KILLED_BEFORE_THE_MARK, str(tmp_path), stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(20):
+        await killed.wait()
+        assert killed.stdout is not None
+    left = LastingProcess("child", ("sleep", "60"), tmp_path / "child.pid", tmp_path / "child.log")
+    adopted = await left.start("d")
+    await left.stop()
+
+    assert killed.returncode == -signal.SIGKILL and not adopted
+    assert not (tmp_path / "ran").exists()
 
 
 async def test_another_digest_ends_the_old_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from clawker_cp.errors import Conflict
+from clawker_cp.rpc import local_server
 from clawker_cp.rpc.local_protocol import LocalChannel, connect
 from clawker_cp.rpc.local_server import LocalServer
 from clawker_cp.testing.descriptors import no_descriptor_left
@@ -24,6 +25,7 @@ class World:
 
     def __init__(self) -> None:
         self.signals: list[int] = []
+        self.stopped = False
         self.ended = asyncio.Event()
 
     @asynccontextmanager
@@ -39,9 +41,11 @@ class World:
 
     async def signal(self, sandbox_id: str, signo: int) -> None:
         self.signals.append(signo)
-        self.ended.set()
+        if signo:
+            self.ended.set()
 
     async def stop(self, sandbox_id: str, *, grace_s: float) -> None:
+        self.stopped = True
         self.ended.set()
 
     def knows(self, sandbox_id: str) -> bool:
@@ -112,6 +116,37 @@ async def test_what_cannot_be_done_is_answered(tmp_path: Path, asked: dict[str, 
         await channel.send(asked)
         answer = await channel.receive()
         assert answer is not None and answer["event"] == "error" and said in answer["message"]
+
+
+async def test_the_last_of_several_clients_takes_the_sandbox_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes while another follows ends nothing; the count is of those that are there."""
+    monkeypatch.setattr(local_server, "ORPHAN_GRACE_S", 0.0)
+    world, path = World(), tmp_path / "run.sock"
+    server = LocalServer(path, world, world, lambda request: request)
+    server.open()
+    gone = asyncio.Event()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        serving = group.create_task(server.serve(gone.set))
+        channels = [await connect(path, (0, 1, 2), 1) for _ in range(2)]
+        for channel in channels:
+            await channel.send({"op": "attach", "id": "id1"})
+            assert await channel.receive() == {"event": "started"}
+        await channels[0].aclose()
+        await channels[1].send({"op": "signal", "signo": 0})
+        while not world.signals:
+            await asyncio.sleep(0)
+        lives = not world.stopped
+        await channels[1].aclose()
+        await world.ended.wait()
+        while not server.idle:
+            await gone.wait()
+            gone.clear()
+        serving.cancel()
+    server.close()
+
+    assert lives and world.stopped and not server.attached("id1")
 
 
 async def test_serving_needs_an_open_socket(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import fcntl
 import os
 import pty
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -302,6 +303,18 @@ class Console:
     def _finish(self) -> None:
         self._ended = True
         self._ready.set()
+
+
+def discard(directory: Path) -> None:
+    """
+    Remove the directory of a sandbox that is gone, and end the process that holds its streams if there is one.
+    """
+    try:
+        raw = orjson.loads((directory / RECORD).read_bytes())
+        _end_holder(int(raw["holder"]), int(raw["started"]), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # it was a client's, or never had any
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 class Attachment:

@@ -7,7 +7,6 @@ plane that was started later. Called by the engine alone.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import structlog
@@ -59,12 +58,6 @@ class Endings:
         except OSError as error:
             log.warning("engines_ending_unwritten", id=sandbox_id[:12], cause=str(error))
         self._bound()
-
-    def remove_files(self) -> None:
-        """
-        Take the files away: there is nobody left that could ask a later process.
-        """
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _bound(self) -> None:
         while len(self._codes) > KEPT:

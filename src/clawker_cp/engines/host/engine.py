@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ import structlog
 from clawker_cp.engines.base import AgentNetwork, RingEvent, Sandbox, SandboxSpec
 from clawker_cp.engines.host import cgroups, network, process
 from clawker_cp.engines.host.bubble import OPEN_FILES
+from clawker_cp.engines.host.console import discard
 from clawker_cp.engines.host.endings import Endings
 from clawker_cp.engines.host.filesystem import check_view, etc_files
 from clawker_cp.engines.host.nflog import RingLog
@@ -32,6 +32,7 @@ from clawker_cp.engines.host.ring import DEFAULT_GROUP, HostRing, forwarding, se
 from clawker_cp.engines.host.sockets import SocketInfo, cut_sockets, list_sockets
 from clawker_cp.engines.host.spec_check import check_spec
 from clawker_cp.errors import Conflict, InvalidInput, NotFound, Unavailable
+from clawker_cp.runtime.gate import Gate
 from clawker_cp.runtime.tasks import in_thread_to_the_end
 
 log = structlog.get_logger()
@@ -136,7 +137,7 @@ class HostEngine:
         for directory in sorted(self._state.iterdir()):
             sandbox = read_record(directory)
             if sandbox is None:
-                shutil.rmtree(directory, ignore_errors=True)
+                await asyncio.to_thread(discard, directory)
                 continue
             await process.decided(sandbox)
             if process.runs(sandbox):
@@ -233,7 +234,7 @@ class HostEngine:
         extra = self._limiter.joined(sandbox.cgroup_path.name) if self._limiter is not None else []
 
         def start() -> None:
-            with process.Gate() as gate:
+            with Gate() as gate:
                 started = process.launch(
                     sandbox,
                     streams,
@@ -360,7 +361,6 @@ class HostEngine:
                 started.returncode = 0
         self._processes.clear()
         if remove and not self._sandboxes:
-            self._endings.remove_files()
             await self.ring.remove()
             await network.remove_bridge(self._bridge)
             self._restore_forwarding()
@@ -433,7 +433,7 @@ class HostEngine:
         if self._limiter is not None:
             await self._limiter.clear(sandbox.cgroup_path.name, KILL_LIMIT_S)
         self._owners = {index: owner for index, owner in self._owners.items() if owner != sandbox.id}
-        await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
+        await asyncio.to_thread(discard, sandbox.directory)
 
     async def _sweep(self) -> None:
         """Remove namespaces, interfaces and cgroups that belong to no record: halves of a killed create."""

@@ -23,6 +23,7 @@ from clawker_cp.engines.host.bubble import command_line, sandbox_arguments
 from clawker_cp.engines.host.cgroups import read_mounts
 from clawker_cp.engines.host.seccomp import filter_program
 from clawker_cp.errors import NotFound, Unavailable
+from clawker_cp.runtime.gate import Gate
 
 STATUS_FILE = "status"
 START_LIMIT_S = 10.0
@@ -35,33 +36,6 @@ OWN_FAILURE = 125  # ruling R40: the sandbox could not be set up
 GROUP_SIGNALS = frozenset(
     {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGCONT}
 )
-
-
-class Gate:
-    """
-    What a launched command waits at: it starts when the gate is opened, and never if that has not come to pass when
-    the context is left or this process ends, however it ends.
-    """
-
-    def __init__(self) -> None:
-        self.entry = self._opener = -1
-
-    def __enter__(self) -> Gate:
-        try:
-            self.entry, self._opener = os.pipe()
-        except OSError as error:
-            raise Unavailable(f"cannot start a sandbox: {error.strerror}") from error
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        os.close(self.entry)
-        os.close(self._opener)
-
-    def open(self) -> None:
-        """
-        Let the command start; one that is gone already is fine.
-        """
-        os.write(self._opener, b"\n")
 
 
 def launch(

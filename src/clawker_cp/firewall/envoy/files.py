@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import structlog
 
 from clawker_cp.errors import Unavailable
 from clawker_cp.firewall.envoy.resources import CDS, LDS, ConfigFile
 
+log = structlog.get_logger()
+
+LOG_LIMIT_BYTES = 50 << 20
 # Each file before those that name what is in it.
 _RANK = {CDS: 0, LDS: 3}
 _SECRETS, _ROUTES = 1, 2
@@ -92,3 +98,20 @@ def _unwritten(path: Path, error: OSError) -> Unavailable:
     return Unavailable(
         f"{path} could not be written: {error.strerror}", code="CONFIG_REGEN", hint="is the disk full or read-only?"
     )
+
+
+def trim_log(path: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> bool:
+    """
+    Put a log that has grown too large aside as `.1` and empty it; returns whether it was.
+
+    Its writer has it open for appending, and goes on at the new beginning.
+    """
+    try:
+        if path.stat().st_size < limit_bytes:
+            return False
+        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+        os.truncate(path, 0)
+    except OSError as failure:
+        log.warning("envoy_log_not_trimmed", cause=str(failure))
+        return False
+    return True

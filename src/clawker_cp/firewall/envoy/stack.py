@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -22,8 +21,8 @@ import structlog
 
 from clawker_cp.errors import ClawkerError, DeadlineExceeded, Unavailable
 from clawker_cp.firewall.envoy.admin import EnvoyAdmin
-from clawker_cp.firewall.envoy.files import ConfigDirectory, make_directory, replace_file, writing_order
-from clawker_cp.firewall.envoy.judging import static_configuration
+from clawker_cp.firewall.envoy.files import ConfigDirectory, make_directory, replace_file, trim_log, writing_order
+from clawker_cp.firewall.envoy.judging import judge, static_configuration
 from clawker_cp.firewall.envoy.options import EnvoyOptions, find_binary
 from clawker_cp.firewall.envoy.resources import CDS, LDS, ConfigFile, Resources, bootstrap, build_resources
 from clawker_cp.firewall.envoy.watches import ensure_watches
@@ -33,15 +32,14 @@ from clawker_cp.firewall.plan import Plan
 log = structlog.get_logger()
 
 START_LIMIT_S = 20.0
+ADOPT_LIMIT_S = 3.0
 ACKNOWLEDGE_LIMIT_S = 10.0
 FIRST_ADDRESS_LIMIT_S = 3.0
-VALIDATE_LIMIT_S = 20.0
 RESTART_MIN_S, RESTART_MAX_S = 0.5, 10.0
 END_SHOWS_S = 0.3  # less than RESTART_MIN_S: nobody starts the next one before
 STEADY_S = 60.0
 POLL_MIN_S, POLL_MAX_S = 0.002, 0.05
 LOG_TAIL_BYTES = 65536
-LOG_LIMIT_BYTES = 50 << 20
 LOG_CHECK_S = 60.0
 
 
@@ -154,9 +152,13 @@ class EnvoyStack:
         replace_file(self._options.bootstrap, start_text, 0o640)
         for name in writing_order(resources.files):
             self._files.write(name, resources.files[name])
-        self.adopted = await self._process.start(self._digest)
-        await self._wait_live()
-        refused = await self._acknowledge(list(resources.files), {})
+        try:
+            refused = await self._launch(list(resources.files))
+        except Unavailable as error:
+            if "[critical]" in self._process.last_output(LOG_TAIL_BYTES) or not await self.has_ended():
+                raise
+            log.warning("envoy_ended_at_start", cause=str(error), effect="it is started once more")
+            refused = await self._launch(list(resources.files))
         if refused:
             raise Unavailable(f"Envoy refused its configuration: {refused}")
         self._resources = resources
@@ -218,23 +220,10 @@ class EnvoyStack:
         make_directory(self._options.directory)
         path = self._options.directory / ".clawker-validate.json"
         replace_file(path, text, 0o600)
-        process = await asyncio.create_subprocess_exec(
-            str(find_binary(str(self._binary))), "--mode", "validate", "-c", str(path), "-l", "error",
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
         try:
-            async with asyncio.timeout(VALIDATE_LIMIT_S):
-                output, _ = await process.communicate()
-        except TimeoutError as error:
-            raise DeadlineExceeded("Envoy did not finish judging the change", code="STACK_UNHEALTHY") from error
+            await judge(find_binary(str(self._binary)), path)
         finally:
             path.unlink(missing_ok=True)
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode != 0:
-            words = output.decode("utf-8", "replace").strip().splitlines()
-            raise ClawkerError(f"Envoy refused the change: {words[-1] if words else ''}", code="RULE_INVALID")
 
     async def stage(self, plan: Plan) -> None:
         """
@@ -325,6 +314,18 @@ class EnvoyStack:
 
     # -- inner -------------------------------------------------------------------------------
 
+    async def _launch(self, names: list[str]) -> str:
+        """Adopt or launch Envoy and wait until it carries its files; returns what it refused."""
+        self.adopted = await self._process.start(self._digest)
+        if self.adopted and not await self._answers():
+            log.warning(
+                "envoy_silent", pid=self._process.pid, effect="it is ended with its connections, another starts"
+            )
+            await self._process.stop()
+            self.adopted = await self._process.start(self._digest)
+        await self._wait_live()
+        return await self._acknowledge(names, {})
+
     def _build(self, plan: Plan) -> Resources:
         ensure_watches(len(plan.policies))
         return build_resources(plan, self._certificates.leaves(plan), self._options, self._resources)
@@ -404,6 +405,18 @@ class EnvoyStack:
         if waiting:
             log.warning("envoy_address_pending", clusters=sorted(waiting)[:5], count=len(waiting))
 
+    async def _answers(self) -> bool:
+        """Whether an adopted Envoy is live; one that is stopped, or has lost its admin socket, never will be."""
+        try:
+            async with asyncio.timeout(ADOPT_LIMIT_S):
+                while self._process.running:
+                    if await self._admin.is_live():
+                        return True
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            pass
+        return False
+
     async def _wait_live(self) -> None:
         until = time.monotonic() + START_LIMIT_S
         while not await self._admin.is_live():
@@ -455,23 +468,6 @@ class EnvoyStack:
             known = path.name in resources.files or path == self._options.bootstrap
             if not known and path.name.startswith(("rc_p", "sds-p")):
                 path.unlink(missing_ok=True)
-
-
-def trim_log(path: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> bool:
-    """
-    Put a log that has grown too large aside as `.1` and empty it; returns whether it was.
-
-    Its writer has it open for appending, and goes on at the new beginning.
-    """
-    try:
-        if path.stat().st_size < limit_bytes:
-            return False
-        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
-        os.truncate(path, 0)
-    except OSError as failure:
-        log.warning("envoy_log_not_trimmed", cause=str(failure))
-        return False
-    return True
 
 
 def _union(new: ConfigFile, old: ConfigFile) -> ConfigFile:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.firewall.envoy import stack
+from clawker_cp.firewall.envoy.files import trim_log
 from clawker_cp.firewall.envoy.options import find_binary
-from clawker_cp.firewall.envoy.stack import envoy_command, trim_log
+from clawker_cp.firewall.envoy.stack import envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
 from clawker_cp.processes.lasting import LastingProcess
 from clawker_cp.testing.proxy_config import OPTIONS
