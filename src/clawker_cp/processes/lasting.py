@@ -162,9 +162,9 @@ class LastingProcess:
         log.info("processes_started", name=self.name, pid=pid)
 
     def _spawn(self, gate: Gate) -> subprocess.Popen[bytes]:
+        if shutil.which(self._command[0]) is None:  # the shell would say so, and to the log alone
+            raise Unavailable(f"cannot start {self.name} ({self._command[0]}): {os.strerror(errno.ENOENT)}")
         try:
-            if shutil.which(self._command[0]) is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             with self._log_path.open("ab") as output:
                 self._log_start = output.tell()
                 return subprocess.Popen(

@@ -11,8 +11,9 @@ import os
 
 from clawker_cp.errors import Unavailable
 
-# For a shell: $1 is the descriptor, the rest the command. Without a line (the only writer died) nothing is started.
-WAIT = 'gate=$1; shift; read -r _ < "/proc/self/fd/$gate" || exit 125; exec "$@"'
+# For a shell whose $gate is the descriptor. Without a line (the only writer died) nothing is started.
+AWAIT = 'read -r _ < "/proc/self/fd/$gate" || exit 125'
+WAIT = f'gate=$1; shift; {AWAIT}; exec "$@"'  # $1 is the descriptor, the rest the command
 
 
 class Gate:

@@ -15,6 +15,7 @@ from pathlib import Path
 from clawker_cp.engines.base import Sandbox, SandboxSpec
 from clawker_cp.engines.host.cgroups import MountPoint
 from clawker_cp.engines.host.filesystem import CA_DIR, HOME, NO_WORKDIR, OwnFiles, view_arguments
+from clawker_cp.runtime.gate import AWAIT
 
 # Docker's default set without raw sockets, devices and file capabilities, for agents that are root.
 ROOT_CAPABILITIES = (
@@ -33,12 +34,12 @@ CA_VARIABLES = (
 OPEN_FILES = 1024  # what programs that know nothing of limits are made for
 
 # $1 = namespace file, $2 = limit on open files, $3 = descriptor of the gate, $4 = how many cgroup directories follow,
-# then those, then the command. A line opens the gate; without one (its only writer died) nothing is started.
-_STAGE = """
+# then those, then the command.
+_STAGE = f"""
 ns=$1 gate=$3 n=$4; ulimit -S -n "$2" || exit 125; shift 4
 while [ "$n" -gt 0 ]; do echo 0 > "$1/cgroup.procs" || exit 125; shift; n=$((n - 1)); done
 umask 022
-read -r _ < "/proc/self/fd/$gate" || exit 125
+{AWAIT}
 exec nsenter --net="$ns" -- "$@"
 """
 

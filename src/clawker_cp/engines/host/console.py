@@ -309,11 +309,9 @@ def discard(directory: Path) -> None:
     """
     Remove the directory of a sandbox that is gone, and end the process that holds its streams if there is one.
     """
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it was a client's, or never had any
         raw = orjson.loads((directory / RECORD).read_bytes())
         _end_holder(int(raw["holder"]), int(raw["started"]), None)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # it was a client's, or never had any
     shutil.rmtree(directory, ignore_errors=True)
 
 

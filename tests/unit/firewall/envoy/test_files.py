@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from clawker_cp.errors import Unavailable
-from clawker_cp.firewall.envoy.files import ConfigDirectory, make_directory, replace_file, writing_order
+from clawker_cp.firewall.envoy.files import ConfigDirectory, make_directory, replace_file, trim_log, writing_order
 from clawker_cp.testing.plan_world import build, rule
 from clawker_cp.testing.proxy_config import resources_of
 
@@ -46,3 +46,16 @@ def test_files_are_replaced_whole_with_rising_versions(tmp_path: Path) -> None:
         "rc_p1_tls.json",
         "lds.json",
     ]
+
+
+def test_a_log_that_grew_too_large_is_put_aside(tmp_path: Path) -> None:
+    """A writer that appends goes on in the same, empty file; nothing is trimmed early."""
+    path = tmp_path / "envoy.log"
+    with path.open("ab", buffering=0) as writer:
+        writer.write(b"x" * 100)
+        assert not trim_log(path, 101)
+        assert trim_log(path, 100)
+        writer.write(b"next")
+
+    assert path.read_bytes() == b"next"
+    assert (tmp_path / "envoy.log.1").read_bytes() == b"x" * 100

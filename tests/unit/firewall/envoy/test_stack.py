@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from clawker_cp.firewall.envoy import stack
-from clawker_cp.firewall.envoy.files import trim_log
 from clawker_cp.firewall.envoy.options import find_binary
 from clawker_cp.firewall.envoy.stack import envoy_command
 from clawker_cp.firewall.inspection import InspectionAuthority
@@ -61,16 +60,3 @@ async def test_what_was_stopped_while_it_waited_to_restart_stays_down(
     finally:
         supervising.cancel()
         await process.stop()
-
-
-def test_a_log_that_grew_too_large_is_put_aside(tmp_path: Path) -> None:
-    """A writer that appends goes on in the same, empty file; nothing is trimmed early."""
-    path = tmp_path / "envoy.log"
-    with path.open("ab", buffering=0) as writer:
-        writer.write(b"x" * 100)
-        assert not trim_log(path, 101)
-        assert trim_log(path, 100)
-        writer.write(b"next")
-
-    assert path.read_bytes() == b"next"
-    assert (tmp_path / "envoy.log.1").read_bytes() == b"x" * 100
